@@ -1,0 +1,67 @@
+"""``mmedge``: the commands and what their exit status means."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import traceback
+
+import click
+
+from mmedge import __version__
+from mmedge.cli import catalogues, runs
+from mmedge.errors import MmedgeError
+
+EPILOG = (
+    "Exit status: 0 done; 1 a bug in mmedge; 2 usage, recipe or task error; 3 a gate failed (the run and its report "
+    "are complete); 4 a target or device is not available here; 130 interrupted (the same command resumes)."
+)
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mmedge")
+def cli() -> None:
+    """Compress a trained multimodal model and ship an engine that was measured on its target."""
+
+
+for command in (runs.compress, runs.build, runs.profile, runs.report):
+    cli.add_command(command)
+for group in (catalogues.recipe, catalogues.task, catalogues.target):
+    cli.add_command(group)
+
+
+def main() -> None:
+    """Run the command line and exit with the status of what happened."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before any runtime loads: mmedge phones nobody
+    arguments = sys.argv[1:]
+    verbose = any(argument in ("-v", "--verbose") for argument in arguments)
+    try:
+        status = cli.main(arguments, prog_name="mmedge", standalone_mode=False)
+    except click.ClickException as err:
+        err.show()
+        status = err.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        again = shlex.join(["mmedge", *[word for word in arguments if word != "--fresh"]])
+        print(f"\ninterrupted; what is finished is kept. To go on:\n  {again}", file=sys.stderr)
+        status = 130
+    except MmedgeError as err:
+        if verbose:
+            traceback.print_exc()
+        print(f"error: {err}", file=sys.stderr)
+        if "--json" in arguments:
+            print(json.dumps({"error": {"problem": err.problem, "where": err.where, "fix": err.fix}}))
+        status = err.exit_status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `mmedge … | head` is no error
+        status = 0
+    except Exception as err:  # noqa: BLE001 - the last line of defence: say that it is our fault
+        traceback.print_exc()
+        print(f"error: this is a bug in mmedge ({type(err).__name__}); please report it", file=sys.stderr)
+        status = 1
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

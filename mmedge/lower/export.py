@@ -1,0 +1,120 @@
+"""From torch to a portable file: a torch.export archive, or ONNX with named inputs and one symbolic batch."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.export import ExportedProgram
+
+from mmedge.errors import StageError
+from mmedge.stages.base import Network
+from mmedge.stages.trace import layer_name, program_of, quiet
+from mmedge.task import Task
+
+OPSET = 20  # TensorRT 10.3 (JetPack 6.2) parses it, and it has Gelu and per-axis DequantizeLinear
+SCOPES, FX_NODE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.fx_node"
+WEIGHTED = ("aten.conv", "aten.linear")
+
+
+def archive_of(network: Network, task: Task) -> bytes:
+    """The network as a torch.export archive (``.pt2``)."""
+    buffer = io.BytesIO()
+    with quiet():
+        torch.export.save(program_of(network.module, task), buffer)
+    return buffer.getvalue()
+
+
+def onnx_of(network: Network, task: Task) -> ir.Model:
+    """The network as ONNX, quantized parts as Q/DQ pairs around float operators.
+
+    Weights of matrix products are stored as ``(in, out)``, nodes carry the names of the modules they came from, and
+    nothing of this machine (paths, stack traces) is left inside.
+
+    Raises:
+        StageError: the exporter does not know an operator.
+    """
+    program = program_of(network.module, task)
+    names = [spec.name for spec in task.inputs]
+    try:
+        with quiet():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=list(task.outputs),
+                verbose=False,
+            )
+    except Exception as err:
+        lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+        raise StageError(
+            f"the ONNX exporter cannot convert the model: {lines[0] if lines else err}",
+            where=f"task {task.name}",
+            fix="; ".join(line for line in lines[1:4]) or "replace the operator it names",
+        ) from err
+    if exported is None:
+        raise StageError("the ONNX exporter returned nothing", where=f"task {task.name}")
+    model = exported.model
+    _tidy(model, _layers(network, program))
+    return model
+
+
+def _layers(network: Network, program: ExportedProgram) -> dict[str, str]:
+    """Node name in ``program`` to module path, for the weighted layers of a Q/DQ graph.
+
+    Tracing a graph again forgets which module a node came from, but keeps the order of the nodes.
+    """
+    if not isinstance(network.module, torch.fx.GraphModule):
+        return {}
+    before, after = (
+        [node for node in graph.nodes if str(node.target).startswith(WEIGHTED)]
+        for graph in (network.module.graph, program.graph)
+    )
+    return {new.name: layer_name(old) for old, new in zip(before, after, strict=True)}
+
+
+def _tidy(model: ir.Model, layers: Mapping[str, str]) -> None:
+    """Name nodes after modules, name the batch, drop what only the exporter needs."""
+    counts: dict[str, int] = {}
+    for node in model.graph:
+        name = _module_path(node, layers)
+        counts[name] = counts.get(name, 0) + 1
+        node.name = f"{name}/{node.op_type}" + (f"_{counts[name]}" if counts[name] > 1 else "")
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):
+            value.shape[0] = "batch"
+    for node in model.graph:
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not any(value is output for output in model.graph.outputs):
+                value.shape = None
+                value.type = None
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.doc_string = model.graph.doc_string = None
+
+
+def _module_path(node: ir.Node, layers: Mapping[str, str]) -> str:
+    """``image.blocks.0.conv1`` for a node of that module; ``model`` for one of the top level."""
+    fx_name = node.metadata_props.get(FX_NODE, "").partition(" ")[0].lstrip("%")
+    if fx_name in layers and node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
+        return layers[fx_name]
+    weight = node.inputs[1].name if len(node.inputs) > 1 and node.inputs[1] is not None else None
+    if weight and weight.endswith(".weight"):  # a fused batch norm would lend the convolution its name
+        return weight.removesuffix(".weight").removeprefix("module.")
+    scopes = [part.strip(" '\"") for part in node.metadata_props.get(SCOPES, "").strip("[]").split(",")]
+    module = next((part for part in reversed(scopes[:-1]) if part), "")
+    return module.removeprefix("module.").removeprefix("module") or "model"
+
+
+def write(model: Any, path: Any) -> None:
+    """Save a model as one ONNX file."""
+    ir.save(model, path)

@@ -1,0 +1,148 @@
+"""Rewrites of a Q/DQ graph. The integers that flow stay the same, or the same plus 128; only a bias may be rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from mmedge.tensors import Array
+
+
+def producer(value: ir.Value | None, *kinds: str) -> ir.Node | None:
+    """The node that makes ``value``, if it is of one of ``kinds`` (of any kind if none are given)."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and (not kinds or node.op_type in kinds) else None
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """The array behind an initializer, or None."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def activation_pair(value: ir.Value | None) -> tuple[ir.Node, ir.Node] | None:
+    """Quantize and dequantize node that ``value`` comes from, if it does."""
+    dequantize = producer(value, "DequantizeLinear")
+    quantize = producer(dequantize.inputs[0], "QuantizeLinear") if dequantize else None
+    return (quantize, dequantize) if quantize and dequantize else None
+
+
+def quantized_weight(value: ir.Value | None) -> ir.Node | None:
+    """The dequantize node of a constant int8 weight that ``value`` comes from, if it does."""
+    dequantize = producer(value, "DequantizeLinear")
+    if dequantize is None:
+        return None
+    weight = constant(dequantize.inputs[0])
+    return dequantize if weight is not None and weight.dtype == np.int8 else None
+
+
+def add_constant(model: ir.Model, name: str, array: Array) -> ir.Value:
+    """A new initializer."""
+    unique, count = name, 1
+    while unique in model.graph.initializers:
+        count += 1
+        unique = f"{name}_{count}"
+    value = ir.Value(name=unique, const_value=ir.tensor(array, name=unique))
+    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    model.graph.initializers.add(value)
+    return value
+
+
+def nodes(model: ir.Model, *kinds: str) -> Iterator[ir.Node]:
+    """The nodes of some kinds, safe against changes of the graph while iterating."""
+    return iter([node for node in model.graph if node.op_type in kinds])
+
+
+def fold_weight_transposes(model: ir.Model) -> None:
+    """Store int8 weights the way the matrix product reads them: ``(in, out)`` with the scales along axis 1."""
+    for node in nodes(model, "Transpose"):
+        weight = quantized_weight(node.inputs[0])
+        if weight is None or len(list(weight.outputs[0].uses())) != 1:
+            continue
+        _transpose_weight(model, weight, list(node.attributes["perm"].as_ints()))
+        node.outputs[0].replace_all_uses_with(weight.outputs[0])
+        model.graph.remove(node, safe=True)
+
+
+def _transpose_weight(model: ir.Model, dequantize: ir.Node, permutation: list[int]) -> None:
+    weight = constant(dequantize.inputs[0])
+    if weight is None:
+        return
+    axis = dequantize.attributes["axis"].as_int() if "axis" in dequantize.attributes else 1
+    folded = add_constant(model, f"{dequantize.inputs[0].name}.T", weight.transpose(permutation).copy())
+    dequantize.replace_input_with(0, folded)
+    dequantize.attributes["axis"] = ir.AttrInt64("axis", permutation.index(axis))
+
+
+def keep_sums_unquantized(model: ir.Model) -> None:
+    """Take the pair between a convolution and a residual sum away; the other branch keeps its own.
+
+    TensorRT fuses the sum into the convolution when only the skip connection is quantized.
+    """
+    for add in nodes(model, "Add"):
+        pairs = [activation_pair(value) for value in add.inputs]
+        for index, pair in enumerate(pairs):
+            source = pair[0].inputs[0] if pair else None
+            conv = producer(source, "Conv", "ConvTranspose")
+            if conv is not None and pairs[1 - index] is not None and len(list(conv.outputs[0].uses())) == 1:
+                add.replace_input_with(index, conv.outputs[0])
+                break
+
+
+def unsigned_activations(model: ir.Model) -> None:
+    """Shift activations from int8 with zero point 0 to uint8: the same integers plus 128.
+
+    After a ReLU nothing is negative, so there the zero point becomes 0: the integers stay, and the runtime can drop the
+    ReLU because the quantizer clips at zero anyway.
+    """
+    zero_points: dict[tuple[int, bool], ir.Value] = {}
+    for quantize in nodes(model, "QuantizeLinear"):
+        zero = constant(quantize.inputs[2]) if len(quantize.inputs) > 2 else None
+        if zero is None or zero.dtype != np.int8 or zero.any():
+            continue
+        rectified = producer(quantize.inputs[0], "Relu") is not None
+        key = (zero.ndim, rectified)
+        if key not in zero_points:
+            array = np.full(zero.shape, 0 if rectified else 128, np.uint8)
+            zero_points[key] = add_constant(model, "zero_point_relu" if rectified else "zero_point_u8", array)
+        quantize.replace_input_with(2, zero_points[key])
+        quantize.outputs[0].dtype = ir.DataType.UINT8
+        for use in list(quantize.outputs[0].uses()):
+            use.node.replace_input_with(2, zero_points[key])
+
+
+def int32_bias_of_gemm(model: ir.Model) -> None:
+    """Quantize the bias of INT8 ``Gemm`` to int32 with scale ``x_scale * w_scale``, behind a pair of its own.
+
+    Without it ONNX Runtime runs the product in float. TensorRT cannot parse an int32 DequantizeLinear, and ONNX
+    Runtime needs none for convolutions (it quantizes their bias itself) nor for MatMul (its result is float).
+    """
+    for node in nodes(model, "Gemm"):
+        pair, weight = activation_pair(node.inputs[0]), quantized_weight(node.inputs[1])
+        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if pair is None or weight is None or bias is None:
+            continue
+        x_scale, w_scale = constant(pair[1].inputs[1]), constant(weight.inputs[1])
+        if x_scale is None or w_scale is None or w_scale.size != bias.size:
+            continue
+        scale = x_scale.astype(np.float64) * w_scale.astype(np.float64)
+        limits = np.iinfo(np.int32)
+        integers = np.clip(np.rint(bias / scale), limits.min, limits.max).astype(np.int32)
+        inputs = [
+            add_constant(model, f"{node.name}.bias_int32", integers),
+            add_constant(model, f"{node.name}.bias_scale", scale.astype(np.float32)),
+        ]
+        dequantize = ir.node("DequantizeLinear", inputs, attributes={"axis": 0}, name=f"{node.name}/bias")
+        dequantize.outputs[0].name = f"{node.name}/bias"
+        model.graph.insert_before(node, dequantize)
+        node.replace_input_with(2, dequantize.outputs[0])
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Drop nodes and initializers that nothing reads."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)

@@ -1,0 +1,172 @@
+"""Finding out what is wrong with a task before any work is spent on it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+
+from mmedge.errors import MmedgeError, TaskError
+from mmedge.stages.base import Network, as_tensors, outputs_of
+from mmedge.task import SPLITS, Batch, Task
+from mmedge.tensors import Array
+
+
+def digest_of_task(task: Task) -> str:
+    """A hash of what results depend on: source file, weights, declarations and the first batch of every split."""
+    digest = hashlib.sha256(task.source.encode())
+    digest.update(repr((task.inputs, task.outputs, task.metric.name, task.metric.higher_is_better)).encode())
+    for name, tensor in sorted(task.model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for split in SPLITS:
+        batch = next(iter(task.stream(split)))
+        for name, array in sorted({**batch.inputs, "targets": batch.targets}.items()):
+            digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def check_model(task: Task) -> None:
+    """Weights, outputs, loss and metric on one calibration batch.
+
+    Raises:
+        TaskError: names what is wrong.
+    """
+    where = f"task {task.name}"
+    for name, tensor in task.model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            fix = "the checkpoint is damaged or training diverged: load another"
+            raise TaskError(f"weight {name} holds NaN or infinite values", where=where, fix=fix)
+    batch = task.example()
+    outputs = _forward(task, batch)
+    for name, tensor in outputs.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TaskError(f"output {name} is {type(tensor).__name__}, not a tensor", where=where)
+        if tensor.ndim == 0 or len(tensor) != len(batch):
+            shape = tuple(tensor.shape)
+            raise TaskError(f"output {name} has shape {shape} for a batch of {len(batch)}", where=where)
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise TaskError(f"output {name} holds NaN or infinite values", where=where, fix="check inputs and weights")
+    _check_loss(task, outputs, batch)
+    task.score({name: tensor.numpy() for name, tensor in outputs.items()}, batch.targets)
+
+
+def _forward(task: Task, batch: Batch) -> dict[str, torch.Tensor]:
+    try:
+        with torch.no_grad():
+            return outputs_of(task.model.eval(), as_tensors(batch.inputs), task.outputs)
+    except MmedgeError as err:
+        raise TaskError(err.problem, where=f"task {task.name}: model", fix="correct Task(outputs=...)") from err
+    except Exception as err:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in batch.inputs.items())
+        raise TaskError(
+            f"model(**inputs) raised {type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}",
+            where=f"task {task.name}: model with {shapes}",
+            fix="the declared inputs must be the names and shapes that forward() takes",
+        ) from err
+
+
+def _check_loss(task: Task, outputs: Mapping[str, torch.Tensor], batch: Batch) -> None:
+    where = f"task {task.name}: loss"
+    try:
+        loss = task.loss(outputs, torch.from_numpy(batch.targets))
+    except Exception as err:
+        raise TaskError(f"raised {type(err).__name__}: {err}", where=where) from err
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise TaskError("did not return one number as a tensor", where=where, fix="return a scalar tensor")
+    if not loss.isfinite():
+        raise TaskError(f"is {float(loss)} on the trained model", where=where, fix="check the targets")
+
+
+def check_splits(task: Task, limit: int | None) -> dict[str, int]:
+    """Walk the splits (up to ``limit`` samples each), check every batch, and that no sample is in two splits.
+
+    Returns:
+        Samples seen by split.
+
+    Raises:
+        TaskError: a batch is wrong, or two splits share a sample.
+    """
+    owner: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for split in ("test", "calibration", "train"):
+        counts[split] = 0
+        for identity in _identities(task, split, limit):
+            counts[split] += 1
+            if owner.setdefault(identity, split) != split:
+                raise TaskError(
+                    f"{split} and {owner[identity]} share a sample ({identity[:60]})",
+                    where=f"task {task.name}: batches",
+                    fix="split the data so that no sample is in two splits, else the accuracy flatters",
+                )
+    return counts
+
+
+def _identities(task: Task, split: str, limit: int | None) -> Iterator[str]:
+    seen = 0
+    for batch in task.stream(split):  # type: ignore[arg-type]
+        for index in range(len(batch)):
+            if limit is not None and seen >= limit:
+                return
+            seen += 1
+            yield batch.ids[index] if batch.ids is not None else _hash_of(batch.inputs, index)
+
+
+def _hash_of(inputs: Mapping[str, Array], index: int) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(inputs):
+        digest.update(np.ascontiguousarray(inputs[name][index]).tobytes())
+    return digest.hexdigest()
+
+
+def check_repeatable(task: Task) -> None:
+    """The same arguments must give the same batch: caching and interleaved comparison rest on it.
+
+    Raises:
+        TaskError: they do not.
+    """
+    for split in SPLITS:
+        first, second = (next(iter(task.stream(split, 0))) for _ in range(2))
+        for name, array in {**first.inputs, "targets": first.targets}.items():
+            other = {**second.inputs, "targets": second.targets}[name]
+            if array.shape != other.shape or not np.array_equal(array, other):
+                raise TaskError(
+                    f"batches({split!r}, 0) gave different {name} the second time",
+                    where=f"task {task.name}",
+                    fix="draw all randomness from numpy.random.default_rng(seed)",
+                )
+
+
+def check_export(task: Task) -> None:
+    """Trace and export the trained model, and run the result in ONNX Runtime beside PyTorch.
+
+    Raises:
+        StageError: it cannot be exported.
+        TaskError: the exported model answers differently.
+    """
+    import tempfile
+    from pathlib import Path
+
+    from mmedge import plugins
+    from mmedge.lower.export import onnx_of, write
+    from mmedge.profile.accuracy import parity
+
+    target = plugins.load("target", "onnxruntime")()
+    target.check()
+    batch = task.example()
+    with tempfile.TemporaryDirectory() as name:
+        model, engine = Path(name) / "exported.onnx", Path(name) / "engine"
+        engine.mkdir()
+        write(onnx_of(Network(task.model.eval()), task), model)
+        target.build(model, engine)
+        with target.runner(engine, 1) as run:
+            answers = run(batch.inputs)
+    reference = {key: value.numpy() for key, value in _forward(task, batch).items()}
+    found = parity(reference, answers)
+    if found["cosine"] < 0.999:
+        raise TaskError(
+            f"the exported model answers differently: cosine {found['cosine']:.4f}, largest gap {found['max_abs']:.3g}",
+            where=f"task {task.name}",
+            fix="look for randomness, in-place state or branches on values in forward()",
+        )

@@ -1,0 +1,190 @@
+"""The commands that work on a run: compress it, add a target to it, measure it again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mmedge import plugins
+from mmedge.artifact import Store
+from mmedge.pipeline.check import check_model, check_splits, digest_of_task
+from mmedge.pipeline.environment import environment
+from mmedge.pipeline.folder import RunFolder, default_folder, identity_of, open_run, processors
+from mmedge.pipeline.line import Line, Step
+from mmedge.pipeline.measure import Measurements
+from mmedge.progress import Progress
+from mmedge.recipe import PlannedStage, Recipe, load_recipe, plan
+from mmedge.report.gates import evaluate, evaluate_after, verdict
+from mmedge.report.html import write_html
+from mmedge.report.model import Gate, Input, MetricInfo, Report, TaskInfo
+from mmedge.targets.base import Target
+from mmedge.task import Task, load_task
+
+QUICK_CHECK = 2000  # samples per split that are compared for overlap before work starts
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command on one run.
+
+    Attributes:
+        recipe: what to do.
+        place: the recipe's file name, for messages.
+        seed: of every random choice.
+        folder: the run folder, None for the default one.
+        fresh: keep an existing run aside and start anew.
+        again: ``timing`` measures latency and memory again; ``None`` takes what is known.
+        command: the command line, kept in the report.
+    """
+
+    recipe: Recipe
+    place: str
+    seed: int
+    folder: Path | None
+    command: str
+    fresh: bool = False
+    again: Literal["timing"] | None = None
+
+
+def compress(job: Job, progress: Progress) -> tuple[Report, RunFolder]:
+    """Run the line, from wherever an earlier run got to.
+
+    Raises:
+        MmedgeError: with the exit status of its kind. What was finished before is kept.
+    """
+    planned = plan(job.recipe, job.place)
+    targets = usable_targets(job.recipe.targets)
+    torch.set_num_threads(processors())
+    task = load_task(job.recipe.task, plugins.loaders("task"))
+    task.model.eval().requires_grad_(False)
+    folder = RunFolder(job.folder or default_folder(job.recipe, job.seed))
+    if job.fresh and (aside := folder.set_aside()):
+        progress.say(f"the run that was there is now {aside}")
+    with folder.locked():
+        folder.claim(identity_of(job.recipe, job.seed))
+        folder.save_recipe(job.recipe)
+        folder.log("start", command=job.command)
+        return _Run(job, folder, planned, targets, task, progress).go(), folder
+
+
+def add_target(run: Path, name: str, command: str, progress: Progress) -> tuple[Report, RunFolder]:
+    """Build and measure every step of a run for one more target."""
+    return compress(job_of(run, [name], command), progress)
+
+
+def job_of(
+    run: Path,
+    more_targets: Sequence[str],
+    command: str,
+    again: Literal["timing"] | None = None,
+    profile: Mapping[str, float] | None = None,
+) -> Job:
+    """The job of an existing run, with targets added and settings of ``profile`` changed.
+
+    Raises:
+        UsageError: ``run`` is no run folder.
+    """
+    folder, note = open_run(run)
+    known = load_recipe(folder.recipe)
+    targets = list(dict.fromkeys([*known.targets, *more_targets]))
+    changes = [f"profile.{name}={value}" for name, value in (profile or {}).items()]
+    recipe = load_recipe(folder.recipe, targets=targets, changes=changes)
+    return Job(recipe, folder.recipe.name, note["seed"], run, command, again=again)
+
+
+def usable_targets(names: Sequence[str]) -> list[tuple[Target, dict[str, str]]]:
+    """Every target with its versions.
+
+    Raises:
+        TargetError: one of them cannot build engines here.
+    """
+    targets: list[Target] = [plugins.load("target", name)() for name in names]
+    return [(target, target.check()) for target in targets]
+
+
+class _Run:
+    """The state of one pass, so that the report can be written after every step."""
+
+    def __init__(
+        self,
+        job: Job,
+        folder: RunFolder,
+        planned: Sequence[PlannedStage],
+        targets: Sequence[tuple[Target, dict[str, str]]],
+        task: Task,
+        progress: Progress,
+    ) -> None:
+        self.job, self.folder, self.planned, self.targets = job, folder, planned, targets
+        self.task, self.progress = task, progress
+        check_model(task)
+        store = Store(folder.artifacts, job.command, progress.say)
+        digest = digest_of_task(task)
+        store.values("check", {"task": digest, "samples": QUICK_CHECK}, lambda: check_splits(task, QUICK_CHECK))
+        self.line = Line(task, digest, store, job.seed, progress)
+        self.measured = Measurements(self.line, job.recipe.profile)
+        self.environment = environment()
+        self.steps: list[Step] = []
+
+    def go(self) -> Report:
+        """Every stage in turn, then one interleaved timing of all of them per target."""
+        self._take(self.line.baseline())
+        for number, planned in enumerate(self.planned, 1):
+            self.progress.say(f"stage {number} of {len(self.planned)}: {planned.name}")
+            self._take(self.line.follow(self.steps[-1], planned))
+            failed = self._failed_after(planned.name)
+            if failed:
+                self.progress.say(f"the line stops after {planned.name}: {failed[0].reason}")
+                break
+        for target, _ in self.targets:
+            self.measured.time(target, self.steps, self.job.again == "timing")
+            self._keep_so_far()
+        gates = evaluate(self.job.recipe.gates, self._report([]), self.planned[-1].name if self.planned else None)
+        report = self._report(gates).finite()
+        report.save(self.folder.report)
+        self.folder.unfinished.unlink(missing_ok=True)
+        write_html(report, self.folder.html)
+        self.folder.log("done", verdict=report.verdict)
+        return report
+
+    def _take(self, step: Step) -> None:
+        """Build and measure a step on every target; the unfinished report grows by one stage."""
+        started = time.monotonic()
+        self.steps.append(step)
+        for target, versions in self.targets:
+            self.measured.add(step, target, versions)
+        self._keep_so_far()
+        self.folder.log(
+            "step", name=step.name, digest=step.artifact.digest, seconds=round(time.monotonic() - started, 1)
+        )
+
+    def _failed_after(self, stage: str) -> list[Gate]:
+        gates = evaluate_after(self.job.recipe.gates, self._report([]), stage)
+        return [gate for gate in gates if gate.verdict == "fail"]
+
+    def _report(self, gates: list[Gate]) -> Report:
+        targets = [target for target, _ in self.targets]
+        metric = MetricInfo(name=self.task.metric.name, higher_is_better=self.task.metric.higher_is_better)
+        return Report(
+            verdict=verdict(gates),
+            recipe=self.job.recipe.as_json(),
+            command=self.job.command,
+            seed=self.job.seed,
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            task=TaskInfo(
+                name=self.task.name,
+                inputs=[Input.model_validate(spec.as_json()) for spec in self.task.inputs],
+                metric=metric,
+            ),
+            environment=self.environment,
+            stages=[self.measured.stage_row(step, targets, self.steps[0]) for step in self.steps],
+            gates=gates,
+        )
+
+    def _keep_so_far(self) -> None:
+        """What is known already, under another name: only a finished run has a ``report.json``."""
+        self._report([]).finite().save(self.folder.unfinished)

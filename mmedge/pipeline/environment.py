@@ -1,0 +1,54 @@
+"""The machine that measures, as the report states it."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from mmedge.pipeline.folder import processors
+from mmedge.pipeline.line import versions_of
+from mmedge.report.model import Environment
+
+
+@cache
+def cpu_name() -> str:
+    """The processor's name and what it offers for INT8 and bfloat16."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in lines.items()}
+    name = facts.get("model name") or platform.machine()
+    flags = set(facts.get("flags", "").split())
+    units = [
+        unit for unit in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8") if unit in flags
+    ]
+    return f"{name} ({', '.join(units)})" if units else name
+
+
+@cache
+def gpu_name() -> str | None:
+    """The first NVIDIA GPU, or None."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    names = found.stdout.split("\n") if found.returncode == 0 else []
+    return next((name.strip() for name in names if name.strip()), None)
+
+
+def environment() -> Environment:
+    """What the report says of this machine."""
+    gpu = gpu_name()
+    return Environment(
+        cpu=cpu_name(),
+        threads=processors(),
+        gpu=gpu,
+        os=platform.platform(terse=True),
+        versions={"python": platform.python_version(), **versions_of("torch", "torchao", "torch-pruning", "numpy")},
+        reasons={} if gpu else {"gpu": "no NVIDIA GPU is visible here"},
+    )

@@ -1,0 +1,246 @@
+"""One pass along the line: networks to artifacts, artifacts to engines, engines to rows of the report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mmedge import __version__
+from mmedge.artifact import Artifact, Store
+from mmedge.errors import ArtifactError
+from mmedge.lower import shape
+from mmedge.lower.export import OPSET, archive_of, onnx_of, write
+from mmedge.progress import Progress
+from mmedge.recipe import PlannedStage
+from mmedge.stages.base import Context, Network, Saved, as_tensors, outputs_of
+from mmedge.targets.base import Coverage, Target
+from mmedge.task import Task
+
+BASELINE = "baseline"
+
+
+@dataclass
+class Step:
+    """One network of the line: the trained model, or what a stage made of it.
+
+    Attributes:
+        name: ``baseline`` or the stage's name.
+        artifact: its weights and edits.
+        parent: the step before.
+        planned: the stage that made it, None for the baseline.
+    """
+
+    name: str
+    artifact: Artifact
+    line: Line
+    parent: Step | None = None
+    planned: PlannedStage | None = None
+    engines: dict[str, Artifact] = field(default_factory=dict)
+
+    @cached_property
+    def network(self) -> Network:
+        """The network, rebuilt from what was saved; what is measured is always what a later run would load."""
+        if self.parent is None or self.planned is None:
+            return Network(self.line.task.model)
+        tensors = load_tensors(self.artifact.file("weights.safetensors"))
+        saved = Saved(tensors, self.artifact.about["edits"])
+        restored: Network = self.planned.stage.restore(self.parent.network, saved, self.line.context)
+        return restored
+
+    @property
+    def form(self) -> str:
+        """``float`` or ``qdq``."""
+        return str(self.artifact.about["form"])
+
+
+@dataclass
+class Line:
+    """What all steps share."""
+
+    task: Task
+    task_digest: str
+    store: Store
+    seed: int
+    progress: Progress
+
+    @cached_property
+    def context(self) -> Context:
+        """What stages may use."""
+        return Context(self.task, self.task.model, self.seed, self.progress, self._remember)
+
+    def _remember(
+        self, name: str, inputs: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        full = {**inputs, "task": self.task_digest, "versions": versions_of("torch")}
+
+        def fill(folder: Path) -> dict[str, Any]:
+            save_tensors(compute(), folder / "tensors.safetensors")
+            return {}
+
+        return load_tensors(self.store.make("cache", name, full, fill).file("tensors.safetensors"))
+
+    def baseline(self) -> Step:
+        """The trained model as the first step."""
+        inputs = {"task": self.task_digest, "versions": versions_of("torch")}
+
+        def fill(folder: Path) -> dict[str, Any]:
+            module = self.task.model
+            save_tensors(module.state_dict(), folder / "weights.safetensors")
+            facts = {"parameters": sum(p.numel() for p in module.parameters()), "macs": macs_of(module, self.task)}
+            return {"form": "float", "edits": {}, **facts}
+
+        return Step(BASELINE, self.store.make("torch", BASELINE, inputs, fill), self)
+
+    def follow(self, parent: Step, planned: PlannedStage) -> Step:
+        """The step that a stage makes of ``parent``: found, or made now."""
+        stage = planned.stage
+        inputs = {
+            "parent": parent.artifact.digest,
+            "task": self.task_digest,
+            "stage": planned.kind,
+            "stage_version": stage.version,
+            "settings": stage.config.model_dump(mode="json"),
+            "seed": self.seed,
+            "threads": torch.get_num_threads(),  # sums in another order give other roundings
+            "versions": versions_of("torch", "torchao", "torch-pruning"),
+        }
+
+        def fill(folder: Path) -> dict[str, Any]:
+            saved = stage.run(parent.network, self.context)
+            save_tensors(saved.tensors, folder / "weights.safetensors")
+            network = stage.restore(parent.network, saved, self.context)
+            parameters = sum(p.numel() for p in network.module.parameters())
+            if network.form == "qdq":  # the graph holds the same weights as integers
+                parameters = parent.artifact.about["parameters"]
+            facts = {"parameters": parameters, "macs": macs_of(network.module, self.task)}
+            return {"form": network.form, "edits": dict(saved.edits), **facts}
+
+        artifact = self.store.make("torch", planned.name, inputs, fill, parent.artifact)
+        return Step(planned.name, artifact, self, parent, planned)
+
+    def portable(self, step: Step, form: str) -> Artifact:
+        """The step's network as ``model.onnx`` or ``model.pt2``."""
+        inputs = {"torch": step.artifact.digest, "task": self.task_digest, "form": form, "opset": OPSET}
+        inputs |= {"versions": versions_of("torch", "onnxscript"), "lower": shape.VERSION}
+
+        def fill(folder: Path) -> dict[str, Any]:
+            if form == "pt2":
+                (folder / "model.pt2").write_bytes(archive_of(step.network, self.task))
+            else:
+                write(onnx_of(step.network, self.task), folder / "model.onnx")
+            return {"inputs": [spec.as_json() for spec in self.task.inputs], "outputs": list(self.task.outputs)}
+
+        return self.store.make("onnx", f"{step.name}-{form}", inputs, fill, step.artifact)
+
+    def engine(self, step: Step, target: Target, versions: Mapping[str, str]) -> Artifact:
+        """The step's engine for a target: found, or lowered and built now."""
+        lowering = target.lowering
+        portable = self.portable(step, lowering.format)
+        inputs = {
+            "model": portable.digest,
+            "target": target.name,
+            "target_version": target.version,
+            "options": target.options(),
+            "lowering": vars(lowering) | {"passes": shape.VERSION},
+            "versions": dict(versions),
+        }
+
+        def fill(folder: Path) -> dict[str, Any]:
+            source = folder.with_name(f"{folder.name}-lowered")
+            source.mkdir()
+            try:
+                lowered = source / f"model.{lowering.format}"
+                if lowering.format == "pt2":
+                    shutil.copy(portable.file("model.pt2"), lowered)
+                else:
+                    shape.shape_for(portable.file("model.onnx"), lowering, lowered)
+                write_names(source / "io.json", portable.about)
+                build = target.build(lowered, folder)
+            finally:
+                shutil.rmtree(source)
+            about = {"target": target.name, "inputs": portable.about["inputs"], "outputs": portable.about["outputs"]}
+            return {**about, "facts": dict(build.facts), "coverage": coverage_json(build.coverage)}
+
+        artifact = self.store.make("engine", f"{step.name}-{target.name}", inputs, fill, portable)
+        step.engines[target.name] = artifact
+        return artifact
+
+    def reference(self, step: Step, samples: int) -> dict[str, Any]:
+        """PyTorch's own answers of the step's network to the first test samples, for parity."""
+        parts: dict[str, list[Tensor]] = {}
+        seen = 0
+        with torch.no_grad():
+            for batch in self.task.stream("test"):
+                count = min(len(batch), samples - seen)
+                inputs = as_tensors({name: array[:count] for name, array in batch.inputs.items()})
+                for name, value in outputs_of(step.network.module, inputs, self.task.outputs).items():
+                    parts.setdefault(name, []).append(value)
+                seen += count
+                if seen >= samples:
+                    break
+        return {name: torch.cat(values).numpy() for name, values in parts.items()}
+
+
+def coverage_json(coverage: Coverage | None) -> dict[str, Any] | None:
+    """Coverage as it is kept in a manifest."""
+    return None if coverage is None else {"int8": list(coverage.int8), "other": dict(coverage.other)}
+
+
+def write_names(path: Path, about: Mapping[str, Any]) -> None:
+    """The names of inputs and outputs, for backends whose files do not tell."""
+    import json
+
+    path.write_text(json.dumps({"inputs": [spec["name"] for spec in about["inputs"]], "outputs": about["outputs"]}))
+
+
+def macs_of(module: torch.nn.Module, task: Task) -> int:
+    """Multiply-accumulates for one sample: half of what PyTorch's counter finds in convolutions and matrix products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = as_tensors({name: array[:1] for name, array in task.example().inputs.items()})
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(**inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Installed versions, mmedge's included."""
+    from importlib.metadata import version
+
+    return {"mmedge": __version__, **{name: version(name) for name in packages}}
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write safetensors; tensors that share memory are written once each.
+
+    Raises:
+        ArtifactError: the disk is full or the place cannot be written.
+    """
+    try:
+        safetensors.torch.save_file(
+            {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, path
+        )
+    except SafetensorError as err:
+        fix = "free some space or choose another --output, then run the same command: it resumes"
+        raise ArtifactError(f"the weights could not be written: {err}", where=str(path.parent.parent), fix=fix) from err
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read safetensors.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except (SafetensorError, OSError) as err:
+        raise ArtifactError(f"cannot be read: {err}", where=str(path)) from err

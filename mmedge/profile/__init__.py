@@ -1,0 +1,1 @@
+"""Measuring engines: latency with honest statistics, accuracy, memory, parity and modality health."""

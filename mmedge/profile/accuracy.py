@@ -1,0 +1,255 @@
+"""What an engine answers: accuracy, agreement with a reference, and what is left when a modality is lost or noisy.
+
+An engine is a ``Runner``: named arrays in, named arrays out. That holds for the trained module as well, so every figure
+here means the same for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmedge.errors import MmedgeError, TargetError, TaskError
+from mmedge.progress import Progress
+from mmedge.targets.base import Runner
+from mmedge.task import Batch, Split, Task
+from mmedge.tensors import Array, Arrays, blank, disturb
+
+RESAMPLES = 200
+FEWEST_SAMPLES = 30  # below, resampling says more about the resampling than about the model
+MOST_SAMPLES = 2000  # drawn per resample …
+MOST_BYTES = 16 << 20  # … and copied: outputs can be maps or images
+
+Case = tuple[str, str]  # modality and what befell it
+_CLEAN: Case = ("all", "clean")
+_FIXES = {"missing": "if the model cannot take the declared fill value, choose another: TensorSpec(..., fill=)"}
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """All outputs over some samples.
+
+    Attributes:
+        outputs: name to array, first dimension samples.
+        targets: what the metric compares with, first dimension samples.
+    """
+
+    outputs: Mapping[str, Array]
+    targets: Array
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+def run_split(
+    runner: Runner,
+    task: Task,
+    split: Split,
+    label: str,
+    *,
+    progress: Progress | None = None,
+    limit: int | None = None,
+) -> Outputs:
+    """Run an engine over a split and gather what it answers.
+
+    Args:
+        runner: the engine.
+        task: where the batches come from.
+        split: ``test``, as a rule.
+        label: what the engine is called in errors and beside the bar.
+        progress: shows the samples; the bar's total is 0, not known, without a ``limit``.
+        limit: only the first so many samples.
+
+    Raises:
+        TargetError: the engine failed, or its outputs are not the task's or not finite; names output and batch.
+        TaskError: a batch is wrong.
+    """
+    parts: list[Outputs] = []
+    with (progress or Progress()).bar(label, limit or 0) as bar:
+        for index, batch in enumerate(_first(task, split, limit)):
+            answers = _answers(runner, task, batch.inputs, f"{label}: {split} batch {index}")
+            parts.append(Outputs(answers, batch.targets))
+            bar.advance(len(batch))
+    return _joined(parts, label)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A task's metric for one engine.
+
+    Attributes:
+        value: the metric over all samples, in its own unit.
+        samples: how many.
+        ci95: 95 % interval for the choice of samples, None with a ``reason``.
+        reason: why there is none.
+    """
+
+    value: float
+    samples: int
+    ci95: tuple[float, float] | None
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, answers: Outputs, task: Task, seed: int = 0) -> Accuracy:
+        """Score the answers and bootstrap over samples.
+
+        Each of 200 resamples draws m samples with replacement and is scored by the task. m is the number of samples n,
+        but at most 2,000 and at most what copies 16 MiB of outputs; the interval found is then shrunk towards the value
+        by sqrt(m / n), as the spread of a mean is. A metric that is no mean over samples (retrieval among the samples,
+        ranks) may break on resamples or drift off its value: then there is no interval.
+
+        Raises:
+            TaskError: the metric fails on the answers.
+        """
+        value = task.score(answers.outputs, answers.targets)
+        found = _bootstrap(answers, task, value, seed)
+        if isinstance(found, str):
+            return cls(value, len(answers), None, f"ci95: {found}")
+        return cls(value, len(answers), found)
+
+
+def _bootstrap(answers: Outputs, task: Task, value: float, seed: int) -> tuple[float, float] | str:
+    """The interval, or why there is none."""
+    count = len(answers)
+    arrays = (*answers.outputs.values(), answers.targets)
+    bytes_each = max(1, sum(array.nbytes for array in arrays) // count)
+    size = min(count, MOST_SAMPLES, MOST_BYTES // bytes_each)
+    if size < FEWEST_SAMPLES:
+        why = f"{count} samples" if size == count else f"outputs of {bytes_each >> 10} KiB per sample"
+        return f"{why}, resampling needs {FEWEST_SAMPLES} samples of at most {MOST_BYTES >> 20} MiB in all"
+    rng = np.random.default_rng(seed)
+    scores = []
+    for _ in range(RESAMPLES):
+        rows = rng.integers(0, count, size)
+        drawn = {name: array[rows] for name, array in answers.outputs.items()}
+        try:
+            scores.append(task.score(drawn, answers.targets[rows]))
+        except TaskError as err:
+            return f"on resampled samples, the metric {err.problem}"
+    low, high = (float(bound) for bound in np.quantile(scores, (0.025, 0.975)))
+    if low == high:
+        return "every resample scores the same"
+    if not low <= value <= high:
+        return "resamples do not score around the value: the metric is no mean over samples"
+    shrink = float(np.sqrt(size / count))
+    return value + shrink * (low - value), value + shrink * (high - value)
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a model still does when one of its modalities is missing or noisy.
+
+    Attributes:
+        clean: the metric on the same samples, undisturbed.
+        samples: how many.
+        modalities: by modality the metric with it ``missing`` and with it ``noisy``.
+    """
+
+    clean: float
+    samples: int
+    modalities: Mapping[str, Mapping[str, float]]
+
+
+def modality_health(runner: Runner, task: Task, limit: int, seed: int = 0, label: str = "modality health") -> Health:
+    """Score the first ``limit`` test samples as they are, and with each modality missing and noisy.
+
+    Missing inputs hold their declared fill value; see ``tensors.disturb`` for the noise. It depends on ``seed``, the
+    batch and the modality alone, so every engine and every stage gets the same.
+
+    Raises:
+        TargetError: the engine failed or its outputs are not finite, on whole or on disturbed inputs.
+    """
+    parts: dict[Case, list[Outputs]] = {}
+    for index, batch in enumerate(_first(task, "test", limit)):
+        for case, inputs in _cases(task, batch.inputs, (seed, index)):
+            where = f"{label}: test batch {index}, {' '.join(case)}"
+            answers = _answers(runner, task, inputs, where, _FIXES.get(case[1]))
+            parts.setdefault(case, []).append(Outputs(answers, batch.targets))
+    whole = {case: _joined(some, label) for case, some in parts.items()}
+    scores = {case: task.score(answers.outputs, answers.targets) for case, answers in whole.items()}
+    modalities = {name: {state: scores[name, state] for state in ("missing", "noisy")} for name in task.modalities}
+    return Health(scores[_CLEAN], len(whole[_CLEAN]), modalities)
+
+
+def _cases(task: Task, inputs: Arrays, seed: tuple[int, int]) -> Iterator[tuple[Case, Arrays]]:
+    yield _CLEAN, inputs
+    for number, modality in enumerate(task.modalities):
+        yield (modality, "missing"), blank(task.inputs, inputs, modality)
+        yield (modality, "noisy"), disturb(task.inputs, inputs, modality, np.random.default_rng((*seed, number)))
+
+
+def parity(reference: Arrays, engine: Arrays) -> dict[str, float]:
+    """How far an engine's outputs are from those of a reference on the same inputs.
+
+    Returns:
+        ``max_abs``, the largest absolute difference of any element, and ``cosine``, the cosine between the flattened
+        outputs in float64. With several outputs, the worst of each.
+
+    Raises:
+        TargetError: an output is missing, not known, not finite or of another shape.
+    """
+    _same_names(reference, engine, "parity")
+    worst = {"max_abs": 0.0, "cosine": 1.0}
+    for name, expected in reference.items():
+        if expected.shape != engine[name].shape:
+            problem = f"output {name!r} has the shape {engine[name].shape}, the reference {expected.shape}"
+            raise TargetError(problem, where="parity")
+        a, b = (array.astype(np.float64).reshape(-1) for array in (expected, engine[name]))
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise TargetError(f"output {name!r} holds NaN or infinite values", where="parity")
+        worst["max_abs"] = max(worst["max_abs"], float(np.abs(a - b).max(initial=0.0)))
+        worst["cosine"] = min(worst["cosine"], _cosine(a, b))
+    return worst
+
+
+def _cosine(a: Array, b: Array) -> float:
+    norms = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+    if 0.0 in norms:
+        return float(norms[0] == norms[1])  # two zero vectors agree, a zero and another do not
+    return float(np.dot(a / norms[0], b / norms[1]))
+
+
+def _first(task: Task, split: Split, limit: int | None) -> Iterator[Batch]:
+    """The batches of a split, cut off after ``limit`` samples."""
+    left = limit
+    for batch in task.stream(split):
+        if left is None or len(batch) < left:
+            yield batch
+        else:
+            yield Batch({name: array[:left] for name, array in batch.inputs.items()}, batch.targets[:left])
+            return
+        left = None if left is None else left - len(batch)
+
+
+def _answers(runner: Runner, task: Task, inputs: Arrays, where: str, nan_fix: str | None = None) -> dict[str, Array]:
+    """The engine's outputs in the task's order, checked."""
+    try:
+        outputs = runner(inputs)
+    except MmedgeError:
+        raise
+    except Exception as err:
+        raise TargetError(f"the engine raised {type(err).__name__}: {err}", where=where) from err
+    _same_names(dict.fromkeys(task.outputs), outputs, where)
+    count = len(next(iter(inputs.values())))
+    for name, array in outputs.items():
+        if array.shape[:1] != (count,):
+            raise TargetError(f"output {name!r} has the shape {array.shape} for {count} samples", where=where)
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            raise TargetError(f"output {name!r} holds NaN or infinite values", where=where, fix=nan_fix)
+    return {name: outputs[name] for name in task.outputs}
+
+
+def _same_names(expected: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+    if set(expected) != set(found):
+        raise TargetError(f"the outputs are {sorted(found)}, expected {sorted(expected)}", where=where)
+
+
+def _joined(parts: Sequence[Outputs], where: str) -> Outputs:
+    try:
+        outputs = {name: np.concatenate([part.outputs[name] for part in parts]) for name in parts[0].outputs}
+        return Outputs(outputs, np.concatenate([part.targets for part in parts]))
+    except ValueError as err:
+        raise TargetError(f"outputs change their shape between batches: {err}", where=where) from err

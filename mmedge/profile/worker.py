@@ -1,0 +1,270 @@
+"""The process that runs engines: ``python -m mmedge.profile.worker SPEC.json``.
+
+It holds nothing but NumPy, the inputs and the runtimes of the engines, so that neither a training framework nor the
+parent's garbage disturbs the clock. It speaks JSON lines on its standard output; whatever a runtime prints goes to
+standard error.
+
+Latency is measured in rounds. Every round times one query on every engine, all on the same sample, in an order
+shuffled anew: a disturbance of the machine meets all engines alike. An engine therefore finds caches that others
+have just used, as in a robot that runs more than one thing; a loop over a single small engine would be faster.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmedge import plugins
+from mmedge.errors import MmedgeError, TargetError, UsageError
+from mmedge.targets.base import Runner
+from mmedge.tensors import Array, Arrays
+
+FEWEST_ROUNDS = 64  # what a p90 and an interval need
+OVERRUN = 4  # how far the budget may be exceeded to reach them
+WARM_QUERIES = 10
+LEAD_IN = 5  # untimed rounds: after warming up one by one, the first interleaved ones are not typical
+REPORT_EVERY_S = 0.25
+
+Say = Callable[[Mapping[str, Any]], None]
+Samples = list[dict[str, Array]]
+
+
+@dataclass(frozen=True)
+class EngineRef:
+    """Where an engine is and what runs it.
+
+    Attributes:
+        id: the caller's name for it, unique within a run.
+        target: the name of an installed target.
+        folder: what the target's ``build`` wrote.
+    """
+
+    id: str
+    target: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the process is to do. Paths are relative to the folder of the spec.
+
+    Attributes:
+        engines: one or more; exactly one for ``memory``.
+        inputs: an npz of named arrays, samples first; query k uses sample k modulo their number, with batch 1.
+        output: the npz to write: nanoseconds per query, int64 of shape (rounds,), by engine id.
+        threads: threads of each engine.
+        warmup_s: how long each engine is warmed up, at least.
+        queries: rounds to run.
+        budget_s: the rounds stop after so many seconds; before ``FEWEST_ROUNDS`` only after ``OVERRUN`` times as many.
+        mode: ``latency`` or ``memory``.
+        seed: of the order within a round.
+    """
+
+    engines: tuple[EngineRef, ...]
+    inputs: str
+    output: str
+    threads: int = 1
+    warmup_s: float = 0.5
+    queries: int = 700
+    budget_s: float = 60.0
+    mode: Literal["latency", "memory"] = "latency"
+    seed: int = 0
+
+    @classmethod
+    def read(cls, path: Path) -> Spec:
+        """Read a spec.
+
+        Raises:
+            UsageError: it is not one.
+        """
+        try:
+            raw = json.loads(path.read_text())
+            spec = cls(**{**raw, "engines": tuple(EngineRef(**engine) for engine in raw["engines"])})
+        except (OSError, ValueError, TypeError, KeyError) as err:
+            raise UsageError(f"not a measuring spec: {type(err).__name__}: {err}", where=str(path)) from err
+        if spec.mode not in ("latency", "memory") or not spec.engines or spec.queries < 1:
+            raise UsageError("mode must be latency or memory, with an engine and a query at least", where=str(path))
+        return spec
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write an npz that is there whole or not at all; unlike ``numpy.savez`` it takes any name, even ``file``."""
+    partial = path.with_name(f".{path.name}.partial")
+    with zipfile.ZipFile(partial, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
+    partial.replace(path)
+
+
+def main(spec_path: Path) -> int:
+    """Do what the spec says; the exit status is 0, or that of the error that was reported."""
+    say = _claim_stdout()
+    try:
+        spec = Spec.read(spec_path)
+        folder = spec_path.resolve().parent
+        samples = _samples(folder / spec.inputs)
+        if spec.mode == "memory":
+            say({"peak_memory_mib": _peak_memory_mib(spec, folder, samples, say)})
+        else:
+            write_arrays(folder / spec.output, _latencies(spec, folder, samples, say))
+    except MmedgeError as err:
+        say({"error": err.problem, "where": err.where, "fix": err.fix})
+        return err.exit_status
+    return 0
+
+
+def _claim_stdout() -> Say:
+    """Keep standard output for our lines: runtimes print to it from C++, out of Python's reach."""
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(message: Mapping[str, Any]) -> None:
+        own.write(json.dumps(message) + "\n")
+        own.flush()
+
+    return say
+
+
+def _samples(path: Path) -> Samples:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    counts = {len(array) for array in arrays.values()}
+    if len(counts) != 1 or 0 in counts:
+        raise UsageError(f"inputs of {sorted(counts)} samples: give each equally many", where=str(path))
+    (count,) = counts
+    return [{name: np.ascontiguousarray(array[k : k + 1]) for name, array in arrays.items()} for k in range(count)]
+
+
+@contextmanager
+def _naming(engine: EngineRef) -> Iterator[None]:
+    """Whatever goes wrong inside names the engine."""
+    try:
+        yield
+    except MmedgeError as err:
+        raise TargetError(err.problem, where=err.where or engine.id, fix=err.fix) from err
+    except Exception as err:
+        raise TargetError(f"{type(err).__name__}: {err}", where=f"{engine.id} on {engine.target}") from err
+
+
+def _open(engine: EngineRef, folder: Path, threads: int, stack: ExitStack) -> Runner:
+    with _naming(engine):
+        target = plugins.load("target", engine.target)()
+        run: Runner = stack.enter_context(target.runner(folder / engine.folder, threads))
+        return run
+
+
+def _latencies(spec: Spec, folder: Path, samples: Samples, say: Say) -> dict[str, NDArray[np.int64]]:
+    with ExitStack() as stack:
+        runners = []
+        for engine in spec.engines:
+            say({"doing": f"opening {engine.id}"})
+            runners.append(_open(engine, folder, spec.threads, stack))
+        for engine, run in zip(spec.engines, runners, strict=True):
+            say({"doing": f"warming up {engine.id}"})
+            with _naming(engine):
+                _warm_up(run, samples, spec.warmup_s)
+        say({"doing": "timing"})
+        times = _rounds(spec, runners, samples, say)
+    return {engine.id: series for engine, series in zip(spec.engines, times, strict=True)}
+
+
+def _warm_up(run: Runner, samples: Samples, seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    done = 0
+    while done < WARM_QUERIES or time.perf_counter() < end:
+        run(samples[done % len(samples)])
+        done += 1
+
+
+def _rounds(spec: Spec, runners: list[Runner], samples: Samples, say: Say) -> NDArray[np.int64]:
+    """Nanoseconds, int64 of shape (engines, rounds)."""
+    times = np.zeros((LEAD_IN + spec.queries, len(runners)), dtype=np.int64)
+    rng = np.random.default_rng(spec.seed)
+    done = 0
+    gc.collect()
+    gc.disable()  # this process does nothing else: a collection would only land in somebody's tail
+    for lead_in in range(LEAD_IN):
+        _round(spec, runners, samples[lead_in % len(samples)], rng, times[lead_in])
+    start = said = time.perf_counter()
+    while done < spec.queries and not spent(done, time.perf_counter() - start, spec.budget_s):
+        _round(spec, runners, samples[done % len(samples)], rng, times[LEAD_IN + done])
+        done += 1
+        if time.perf_counter() - said > REPORT_EVERY_S:
+            said = time.perf_counter()
+            say({"round": done, "rounds": spec.queries})
+    say({"round": done, "rounds": spec.queries})
+    return times[LEAD_IN : LEAD_IN + done].T
+
+
+def _round(
+    spec: Spec, runners: list[Runner], sample: Arrays, rng: np.random.Generator, times: NDArray[np.int64]
+) -> None:
+    """One query on every engine; ``times``, shape (engines,), receives the nanoseconds."""
+    for index in rng.permutation(len(runners)):
+        run = runners[index]
+        with _naming(spec.engines[index]):
+            before = time.perf_counter_ns()
+            run(sample)
+            after = time.perf_counter_ns()
+        times[index] = after - before
+
+
+def spent(rounds: int, elapsed_s: float, budget_s: float) -> bool:
+    """Whether the budget ends the measurement after so many rounds (always at least one) and seconds."""
+    limit = budget_s if rounds >= FEWEST_ROUNDS else budget_s * OVERRUN
+    return rounds > 0 and elapsed_s > limit
+
+
+def _peak_memory_mib(spec: Spec, folder: Path, samples: Samples, say: Say) -> float:
+    """By how much resident memory rises at most: the runtime's library, the engine and its activations, in MiB.
+
+    Memory on an accelerator is not in it.
+    """
+    (engine,) = spec.engines
+    _forget_peak()
+    before = _resident_kib("VmRSS")
+    with ExitStack() as stack:
+        say({"doing": f"opening {engine.id}"})
+        run = _open(engine, folder, spec.threads, stack)
+        say({"doing": f"running {engine.id}"})
+        with _naming(engine):
+            _warm_up(run, samples, 0.0)
+        rise = _resident_kib("VmHWM") - before
+    if rise <= 0:
+        raise TargetError("this system does not tell the memory of one process", where=engine.id)
+    return rise / 1024
+
+
+def _forget_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from what is resident now
+    except OSError:
+        return  # what loading NumPy and the inputs took for a moment then counts too
+
+
+def _resident_kib(field: str) -> float:
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return float(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1024 if sys.platform == "darwin" else peak  # bytes on macOS, KiB elsewhere
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,1 @@
+"""The report: ``model`` is the JSON, ``gates`` judge it, ``terminal`` and ``html`` show it."""

@@ -1,0 +1,1 @@
+"""Stages change the network: distill, prune, quantize."""

@@ -1,0 +1,119 @@
+"""What a stage is: torch to torch, and restorable from tensors and JSON alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from mmedge.errors import StageError
+from mmedge.progress import Progress
+from mmedge.task import Task
+
+Form = Literal["float", "qdq"]
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's settings: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A module between stages.
+
+    Attributes:
+        module: in eval mode; called as ``module(**inputs)``.
+        form: ``float``, or ``qdq`` for a graph with quantize/dequantize pairs.
+    """
+
+    module: nn.Module
+    form: Form = "float"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """All that is kept of a stage's result: tensors (safetensors) and edits (JSON). No code, no pickle."""
+
+    tensors: Mapping[str, Tensor]
+    edits: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may use.
+
+    Attributes:
+        task: data, loss, metric.
+        teacher: the task's trained module, in eval mode, frozen.
+        seed: for every random choice.
+        progress: for the user.
+        remember: ``remember(name, inputs, compute)`` keeps tensors between runs (the teacher's outputs): returns
+            what ``compute`` gave the first time for equal ``inputs`` (a JSON value).
+    """
+
+    task: Task
+    teacher: nn.Module
+    seed: int
+    progress: Progress
+    remember: Callable[[str, Mapping[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+
+
+class Stage(ABC):
+    """One step of the pipeline.
+
+    A subclass names its settings (``Config``, the recipe's schema for it), the forms it takes and what it gives. ``run``
+    must be a pure function of the network, its settings and the context; ``restore`` must rebuild exactly the same
+    network from what was saved. The pipeline always goes on with the restored one, so the two cannot drift apart.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[StageConfig]]
+    accepts: ClassVar[frozenset[Form]] = frozenset({"float"})
+    gives: ClassVar[Form | None] = None  # None: the form it was given
+    version: ClassVar[int] = 1  # raise it when the same settings give another result: cached artifacts expire
+
+    def __init__(self, config: StageConfig) -> None:
+        self.config: Any = config
+
+    @abstractmethod
+    def run(self, network: Network, context: Context) -> Saved:
+        """Do the work and say what to keep.
+
+        Raises:
+            StageError: the network cannot be changed in this way.
+        """
+
+    @abstractmethod
+    def restore(self, network: Network, saved: Saved, context: Context) -> Network:
+        """The result, from the stage's input ``network`` and what ``run`` kept."""
+
+
+def as_tensors(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """NumPy inputs as torch tensors (no copy)."""
+    return {name: torch.from_numpy(array) for name, array in inputs.items()}
+
+
+def outputs_of(module: nn.Module, inputs: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Call ``module(**inputs)`` and name what it returns.
+
+    Raises:
+        StageError: the number or the names of the outputs differ from ``names``.
+    """
+    result = module(**inputs)
+    if isinstance(result, Tensor):
+        result = (result,)
+    if isinstance(result, Mapping):
+        if set(result) != set(names):
+            raise StageError(f"the model returns {sorted(result)}, the task declares {sorted(names)}")
+        return {name: result[name] for name in names}
+    if not isinstance(result, (tuple, list)) or len(result) != len(names):
+        count = len(result) if isinstance(result, (tuple, list)) else type(result).__name__
+        raise StageError(f"the model returns {count} outputs, the task declares {len(names)}: {', '.join(names)}")
+    return dict(zip(names, result, strict=True))

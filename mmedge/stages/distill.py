@@ -1,0 +1,65 @@
+"""``distill``: a student learns from the trained model what labels do not tell."""
+
+from __future__ import annotations
+
+import copy
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from mmedge.errors import StageError
+from mmedge.stages.base import Context, Network, Saved, Stage, as_tensors, outputs_of
+from mmedge.stages.training import Training, distil
+
+
+class Distill(Stage):
+    """Train the current network, or the task's own student, to answer as the teacher does."""
+
+    name = "distill"
+
+    class Config(Training):
+        """Settings of ``distill``.
+
+        Attributes:
+            student: ``current`` goes on with the network as it is at this point (after ``prune``: the pruned teacher);
+                ``task`` starts from the task's ``student()``.
+        """
+
+        student: Literal["current", "task"] = "current"
+
+    Config: ClassVar[type[Training]] = Config
+
+    def run(self, network: Network, context: Context) -> Saved:
+        """Train a copy of the student and keep its weights."""
+        student = self._student(network, context)
+        distil(student, self.config, context, "distill")
+        return Saved({name: tensor.contiguous() for name, tensor in student.state_dict().items()})
+
+    def restore(self, network: Network, saved: Saved, context: Context) -> Network:
+        """The student with the weights it ended with."""
+        student = self._student(network, context)
+        student.load_state_dict(dict(saved.tensors), strict=True)
+        return Network(student.eval(), network.form)
+
+    def _student(self, network: Network, context: Context) -> nn.Module:
+        if self.config.student == "current":
+            return copy.deepcopy(network.module)
+        task = context.task
+        if task.student is None:
+            raise StageError(
+                "student: task, but the task has no student()",
+                where=f"task {task.name}",
+                fix="give Task(student=...) a function that builds the smaller module, or use student: current",
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(context.seed)
+            student = task.student().eval()
+        example = as_tensors(task.example().inputs)
+        with torch.no_grad():
+            ours, theirs = (outputs_of(net, example, task.outputs) for net in (student, context.teacher))
+        for name in task.outputs:
+            if ours[name].shape != theirs[name].shape:
+                shapes = f"{tuple(ours[name].shape)} and the teacher's {tuple(theirs[name].shape)}"
+                raise StageError(f"the student's output {name} has shape {shapes}", where=f"task {task.name}: student")
+        return student

@@ -1,0 +1,93 @@
+"""Tracing a module into a graph: what quantization works on and what lowering exports."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import Node
+
+from mmedge.errors import StageError
+from mmedge.stages.base import as_tensors, outputs_of
+from mmedge.task import Task
+
+
+class _Named(nn.Module):
+    """The module with its outputs as a tuple in the task's order, whatever it returns."""
+
+    def __init__(self, module: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.module = module
+
+        def forward(**tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple(outputs_of(module, tensors, outputs).values())
+
+        # torch.export reads the names of the inputs from the signature and does not take ``**kwargs`` for one.
+        kind = inspect.Parameter.KEYWORD_ONLY
+        forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(name, kind) for name in inputs]
+        )
+        self.forward = forward
+
+
+def program_of(module: nn.Module, task: Task) -> ExportedProgram:
+    """Trace ``module`` with named inputs and one symbolic batch shared by all of them.
+
+    Raises:
+        StageError: the module cannot be traced, or the trace fixes the batch size.
+    """
+    example = as_tensors(task.example().inputs)
+    inputs = {spec.name: _rows(example[spec.name], 2) for spec in task.inputs}
+    batch = Dim("batch", min=1)
+    shapes = {name: {0: batch} for name in inputs}
+    try:
+        with quiet(), torch.no_grad():
+            return torch.export.export(
+                _Named(module, tuple(inputs), task.outputs), (), kwargs=inputs, dynamic_shapes=shapes
+            )
+    except StageError:
+        raise
+    except Exception as err:
+        reason = str(err).strip().splitlines() or [type(err).__name__]
+        raise StageError(
+            f"torch.export cannot follow the model: {type(err).__name__}: {reason[0]}",
+            where=f"task {task.name}",
+            fix="use tensor operations only in forward(): no data-dependent branches, no fixed batch size in view() or "
+            "expand(), no NumPy; `mmedge task check` shows the whole message with -v",
+        ) from err
+
+
+def _rows(tensor: Tensor, count: int) -> Tensor:
+    return tensor[:count] if len(tensor) >= count else tensor.repeat_interleave(count, dim=0)[:count]
+
+
+def layer_name(node: Node) -> str:
+    """The module path a node came from (``image.blocks.0.conv1``), or the node's own name."""
+    stack = node.meta.get("nn_module_stack")
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return path.removeprefix("L['self'].").removeprefix("module.") or node.name
+
+
+def graph_of(module: nn.Module, task: Task) -> torch.fx.GraphModule:
+    """The traced graph as a module, called like the original; the form that PT2E quantizes."""
+    return program_of(module, task).module()  # type: ignore[return-value]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the exporters' prints, warnings and log lines: none of them is for the user."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

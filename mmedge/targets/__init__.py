@@ -1,0 +1,1 @@
+"""Targets: a backend on a device. One file each; ``base`` says what they share."""

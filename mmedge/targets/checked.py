@@ -1,0 +1,61 @@
+"""Errors a user can act on from whatever a runtime raises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from mmedge.errors import MmedgeError, TargetError, unknown
+from mmedge.targets.base import Runner
+from mmedge.tensors import Array
+
+
+@contextmanager
+def reported(doing: str, where: str, fix: str | None = None) -> Iterator[None]:
+    """Turn what a runtime raises within the block into a ``TargetError`` that carries the runtime's own words."""
+    try:
+        yield
+    except MmedgeError:
+        raise
+    except Exception as err:
+        words = " ".join(str(err).split()) or type(err).__name__
+        raise TargetError(f"{doing} failed: {words[:600]}", where=where, fix=fix) from err
+
+
+def checked(run: Runner, dtypes: Mapping[str, str], engine: str) -> Runner:
+    """``run``, which on its first call compares the inputs with the engine's.
+
+    Only the first: every call of a timed loop brings the same names and dtypes.
+
+    Args:
+        run: the engine.
+        dtypes: input name to numpy dtype name.
+        engine: what to call the engine in errors.
+
+    Raises:
+        TargetError: (from the function it returns) names or dtypes differ, or the engine refuses the arrays.
+    """
+    seen = False
+
+    def checked_run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        nonlocal seen
+        if not seen:
+            _compare(inputs, dtypes, engine)
+            seen = True
+        with reported("running the engine", engine):
+            return run(inputs)
+
+    return checked_run
+
+
+def _compare(inputs: Mapping[str, Array], dtypes: Mapping[str, str], engine: str) -> None:
+    for name in inputs:
+        if name not in dtypes:
+            problem, fix = unknown("input", name, dtypes)
+            raise TargetError(problem, where=engine, fix=fix)
+    for name, dtype in dtypes.items():
+        if name not in inputs:
+            raise TargetError(f"input {name!r} is missing", where=engine, fix=f"give: {', '.join(sorted(dtypes))}")
+        if str(inputs[name].dtype) != dtype:
+            problem = f"input {name!r} has dtype {inputs[name].dtype}, the engine takes {dtype}"
+            raise TargetError(problem, where=engine, fix=f'give {name}.astype("{dtype}")')

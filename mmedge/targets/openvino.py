@@ -1,0 +1,145 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmedge.errors import TargetError, needs_extra
+from mmedge.targets.base import Build, Coverage, Lowering, Runner, Target
+from mmedge.targets.checked import checked, reported
+from mmedge.tensors import Array
+
+MODEL = "model.onnx"
+# Kinds of nodes of an execution graph that may hold weights. A MatMul of two activations has none.
+_WEIGHTED = {"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"}
+# The same in the graph that OpenVINO reads from an ONNX file, and what it appends to names of nodes that it splits.
+_READ_AS = {
+    "Convolution",
+    "GroupConvolution",
+    "ConvolutionBackpropData",
+    "GroupConvolutionBackpropData",
+    "MatMul",
+}
+_SPLIT_OFF = ("/WithoutBiases", "/DequantizationMultiply", "/DequantizationSubtract")
+
+
+class OpenVino(Target):
+    """OpenVINO's CPU plugin: x86 and ARM."""
+
+    name = "openvino"
+    lowering = Lowering(unsigned_activations=True)
+
+    def check(self) -> dict[str, str]:
+        """See ``Target.check``."""
+        return {"openvino": str(_openvino().__version__)}
+
+    def build(self, model: Path, folder: Path) -> Build:
+        """Compile once to see what runs in INT8; keep the ONNX file, which OpenVINO reads directly."""
+        versions = self.check()
+        shutil.copyfile(model, folder / MODEL)
+        read, compiled = _compiled(folder / MODEL, threads=1)
+        nodes = compiled.get_runtime_model().get_ordered_ops()
+        kernels = Counter(
+            f"{_about(node, 'layerType')} {_about(node, 'runtimePrecision')}"
+            for node in nodes
+            if _about(node, "layerType") not in ("Const", "Input", "Output")
+        )
+        facts = {
+            "versions": versions,
+            "engine_bytes": (folder / MODEL).stat().st_size,
+            "kernels": dict(sorted(kernels.items())),
+        }
+        return Build(_coverage(nodes, {node.friendly_name: node for node in read.get_ordered_ops()}), facts)
+
+    @contextmanager
+    def runner(self, folder: Path, threads: int) -> Iterator[Runner]:
+        """See ``Target.runner``."""
+        _, compiled = _compiled(folder / MODEL, threads)
+        request = compiled.create_infer_request()
+        dtypes = {port.get_any_name(): str(port.get_element_type().to_dtype()) for port in compiled.inputs}
+        outputs = {port.get_any_name(): port for port in compiled.outputs}
+
+        def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+            # Inputs are read in place; outputs are copied, for the next call writes into the same memory.
+            results = request.infer(dict(inputs), share_inputs=True, share_outputs=False)
+            return {name: results[port] for name, port in outputs.items()}
+
+        yield checked(run, dtypes, self.name)
+
+
+def _openvino() -> Any:
+    # `import openvino` reports each import to a web analytics service unless a file in the user's home directory says
+    # no. Where its telemetry package cannot be imported, OpenVINO takes its own stub, which does nothing.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError as err:
+        raise TargetError("OpenVINO is missing", fix=needs_extra("openvino", "openvino")) from err
+    return openvino
+
+
+def _compiled(model: Path, threads: int) -> tuple[Any, Any]:
+    """The model as it was read, and compiled."""
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        # On processors with AMX the default is bf16: neither an FP32 baseline nor the float part of an INT8 model
+        # would be what it is called.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "ENABLE_CPU_PINNING": False,
+    }
+    core = _openvino().Core()
+    with reported("OpenVINO: compiling the model", str(model)):
+        read = core.read_model(str(model))
+        return read, core.compile_model(read, "CPU", options)
+
+
+def _about(node: Any, fact: str) -> str:
+    return str(node.rt_info[fact].astype(str))
+
+
+def _coverage(nodes: Sequence[Any], read: Mapping[str, Any]) -> Coverage:
+    constant: set[str] = set()
+    int8: list[str] = []
+    other: dict[str, str] = {}
+    for node in nodes:  # in topological order
+        operands = [port.get_source_output().get_node().friendly_name in constant for port in node.inputs()]
+        kind = _about(node, "layerType")
+        if kind == "Const" or (operands and all(operands)):
+            constant.add(node.friendly_name)
+        elif kind in _WEIGHTED and operands[:2].count(True) == 1:
+            precision = _about(node, "runtimePrecision")
+            if precision in ("i8", "u8"):
+                int8.append(_layer(node, read))
+            else:
+                other[_layer(node, read)] = f"runs as {precision} {kind}"
+    return Coverage(tuple(int8), other)
+
+
+def _layer(node: Any, read: Mapping[str, Any]) -> str:
+    """The ONNX node that a node of the execution graph was made from.
+
+    The execution graph names it after the first of the nodes that were fused, which may be the Add of a bias: then the
+    layer stands before that in the graph as it was read. A node that makes a model output has the output's name.
+    """
+    name = _plain(_about(node, "originalLayersNames").split(",")[0] or str(node.friendly_name))
+    queue = [each for each in (f"{name}/WithoutBiases", name) if each in read][:1]
+    for origin in queue:  # grows while it is walked, breadth first
+        if read[origin].get_type_name() in _READ_AS:
+            return _plain(origin)
+        sources = [port.get_source_output().get_node().friendly_name for port in read[origin].inputs()]
+        queue += [source for source in sources if source not in queue]
+    return name
+
+
+def _plain(name: str) -> str:
+    for suffix in _SPLIT_OFF:
+        name = name.split(suffix)[0]
+    return name

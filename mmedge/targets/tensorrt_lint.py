@@ -1,0 +1,129 @@
+"""What TensorRT's ONNX parser accepts in silence and then runs wrongly or in floating point.
+
+The rules are those of TensorRT's explicit quantization (``IQuantizeLayer`` in NvInfer.h: symmetric, activations per
+tensor, weights per output channel) and what trials with the parser of TensorRT-RTX 1.7 showed beyond them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mmedge.targets.onnx_graph import Graph, attribute, label
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
+_INTEGER_OPERATORS = {
+    "QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger", "DynamicQuantizeLinear",
+}  # fmt: skip
+
+
+def lint_tensorrt(model: ModelProto) -> list[str]:
+    """Every reason why TensorRT would refuse the graph or not run it as written; each names the node and the fix.
+
+    Args:
+        model: a lowered ONNX model; only its Q/DQ nodes and integer operators are looked at.
+    """
+    graph = Graph(model)
+    return [f"{node.op_type} {label(node)}: {problem}" for node in graph.nodes for problem in _problems(graph, node)]
+
+
+def _problems(graph: Graph, node: NodeProto) -> Iterator[str]:
+    if node.op_type in _INTEGER_OPERATORS or node.domain.startswith("com.microsoft"):
+        yield "TensorRT has no integer operators of ONNX; express INT8 as QuantizeLinear/DequantizeLinear pairs"
+    elif node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        yield from _type_problems(graph, node)
+        yield from _scale_problems(graph, node)
+        yield from _axis_problems(graph, node)
+
+
+def _type_problems(graph: Graph, node: NodeProto) -> Iterator[str]:
+    from onnx import TensorProto, numpy_helper
+
+    kind = quantized_type(graph, node)
+    if kind == TensorProto.INT32:
+        yield "TensorRT does not quantize biases; keep the bias in floating point"
+        return
+    if kind in (TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16):
+        type_name = TensorProto.DataType.Name(kind).lower()
+        yield f"quantizes to {type_name}, which TensorRT takes for int8; give an int8 zero point of 0"
+        return
+    if len(node.input) > 2 and node.input[2]:
+        zero_point = graph.constant(node.input[2])
+        if zero_point is None:
+            yield "its zero point is not a constant; give an int8 constant 0"
+        elif numpy_helper.to_array(zero_point).any():
+            yield "its zero point is not 0; TensorRT quantizes symmetrically"
+
+
+def quantized_type(graph: Graph, node: NodeProto) -> int:
+    """The ONNX element type on the quantized side of a QuantizeLinear or DequantizeLinear node.
+
+    The ONNX standard: the zero point's; else the data's (DequantizeLinear), ``output_dtype`` or uint8 (QuantizeLinear).
+    """
+    from onnx import TensorProto
+
+    if len(node.input) > 2 and (zero_point := graph.constant(node.input[2])) is not None:
+        return zero_point.data_type
+    if node.op_type == "QuantizeLinear":
+        output_dtype = attribute(node, "output_dtype")
+        return output_dtype.i if output_dtype is not None and output_dtype.i else int(TensorProto.UINT8)
+    if (data := graph.constant(node.input[0])) is not None:
+        return data.data_type
+    source = graph.producer.get(node.input[0])
+    while source is not None and source.op_type not in ("QuantizeLinear", "Cast"):
+        source = graph.producer.get(source.input[0])  # Reshape, Transpose … keep the type
+    return quantized_type(graph, source) if source is not None and source.op_type == "QuantizeLinear" else 0
+
+
+def _scale_problems(graph: Graph, node: NodeProto) -> Iterator[str]:
+    import numpy as np
+    from onnx import numpy_helper
+
+    tensor = graph.constant(node.input[1])
+    if tensor is None:
+        yield "its scale is not a constant; calibrate instead of quantizing dynamically"
+        return
+    scale = numpy_helper.to_array(tensor).astype(np.float64)
+    if not (np.isfinite(scale).all() and (scale > 0).all()):
+        yield "its scale is not positive and finite; look at the calibration data of this tensor"
+    if scale.size > 1 and not graph.is_constant(node.input[0]):
+        yield "has one scale per channel on an activation, which TensorRT runs in float; use one scale per tensor"
+
+
+def _axis_problems(graph: Graph, node: NodeProto) -> Iterator[str]:
+    scale = graph.constant(node.input[1])
+    if node.op_type != "DequantizeLinear" or scale is None or list(scale.dims) in ([], [1]):
+        return
+    source = graph.producer.get(node.input[0])
+    stored_as_float = source is not None and source.op_type == "QuantizeLinear"
+    data = graph.constant(source.input[0] if source is not None and stored_as_float else node.input[0])
+    if data is None:
+        return
+    rank = len(data.dims)
+    given = attribute(node, "axis")
+    axis = (given.i if given is not None else 1) % rank
+    for reader, expected in _channel_axes(graph, node.output[0], rank):
+        if axis != expected:
+            yield (
+                f"has its scales along axis {axis} of the weight of {reader.op_type} {label(reader)}, which TensorRT "
+                f"then runs in float; quantize along the output channels, axis {expected}"
+            )
+
+
+def _channel_axes(graph: Graph, weight: str, rank: int) -> Iterator[tuple[NodeProto, int]]:
+    """Readers of a weight, each with the axis of the weight that counts its output channels."""
+    for reader, position in graph.readers.get(weight, []):
+        if reader.op_type == "Transpose":
+            order = attribute(reader, "perm")
+            perm = list(order.ints) if order is not None else list(reversed(range(rank)))
+            yield from ((node, perm[axis]) for node, axis in _channel_axes(graph, reader.output[0], rank))
+        elif reader.op_type in ("Conv", "ConvTranspose") and position == 1:
+            yield reader, 0 if reader.op_type == "Conv" else 1
+        elif reader.op_type == "MatMul" and rank > 1:
+            yield reader, rank - 1 if position == 1 else rank - 2
+        elif reader.op_type == "Gemm" and position < 2:
+            flag = attribute(reader, "transB" if position == 1 else "transA")
+            transposed = flag is not None and flag.i == 1
+            yield reader, int(transposed != (position == 1))

@@ -1,0 +1,306 @@
+"""A task: all that mmedge must know of a user's model. A Python function returns one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+from mmedge.errors import MmedgeError, TaskError, UsageError
+from mmedge.tensors import Array, TensorSpec, mismatches
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Module = TypeVar("Module", bound="nn.Module")
+Split = Literal["train", "calibration", "test"]
+SPLITS: tuple[Split, ...] = ("train", "calibration", "test")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some samples.
+
+    Attributes:
+        inputs: one array per declared input, the first dimension counting samples.
+        targets: what the loss and the metric compare with; the first dimension counts samples.
+        ids: one identifier per sample, equal exactly where two samples are the same data. Optional; without them
+            samples are told apart by the hash of their inputs.
+    """
+
+    inputs: Mapping[str, Array]
+    targets: Array
+    ids: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How good a model is.
+
+    Attributes:
+        name: shown in reports (``accuracy``, ``recall@1``, ``range_error_m``).
+        score: takes all outputs (name to array, samples first) and all targets of a split, returns one number.
+        higher_is_better: False for errors.
+    """
+
+    name: str
+    score: Callable[[Mapping[str, Array], Array], float]
+    higher_is_better: bool = True
+
+
+def accuracy(outputs: Mapping[str, Array], targets: Array) -> float:
+    """The fraction of samples whose largest logit is at the target; for a single output ``(n, classes)``."""
+    (logits,) = outputs.values()
+    return float((logits.argmax(axis=-1) == targets).mean())
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trained model and what it is for.
+
+    Attributes:
+        name: short, used in file names.
+        model: the trained module; called as ``model(**inputs)``, returns a tensor, a tuple or a dict of tensors.
+        inputs: its inputs, in the order of the exported graph.
+        outputs: names of its outputs, in the order in which it returns them.
+        batches: ``batches(split, seed)`` yields the batches of a split. The same arguments give the same batches;
+            ``calibration`` and ``test`` do not depend on the seed.
+        loss: ``loss(outputs, targets)`` for training: tensors in, a scalar tensor out.
+        metric: what is reported and gated.
+        student: builds a smaller module with the same inputs and outputs, for ``distill: {student: task}``.
+    """
+
+    name: str
+    model: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    batches: Callable[[Split, int], Iterable[Batch]]
+    loss: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    metric: Metric
+    student: Callable[[], nn.Module] | None = None
+    source: str = field(default="", compare=False)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities, in the order of the inputs."""
+        return tuple(dict.fromkeys(spec.modality for spec in self.inputs))
+
+    def stream(self, split: Split, seed: int = 0) -> Iterator[Batch]:
+        """The batches of ``split``, each checked against the declared inputs.
+
+        Raises:
+            TaskError: a batch has wrong names, dtypes or shapes, is not finite, or the data code raised.
+        """
+        where = f"task {self.name}: {split}"
+        index = -1
+        try:
+            for index, batch in enumerate(self.batches(split, seed)):
+                _check_batch(batch, self.inputs, f"{where} batch {index}")
+                yield batch
+        except (MmedgeError, GeneratorExit):
+            raise
+        except Exception as err:
+            raise TaskError(
+                f"batches({split!r}) raised {type(err).__name__}: {err}", where=f"{where} batch {index + 1}"
+            ) from err
+        if index < 0:
+            raise TaskError("the split is empty", where=where, fix="yield at least one Batch")
+
+    def example(self) -> Batch:
+        """The first calibration batch."""
+        return next(iter(self.stream("calibration")))
+
+    def score(self, outputs: Mapping[str, Array], targets: Array) -> float:
+        """The metric as a finite number.
+
+        Raises:
+            TaskError: the metric raised or did not return a finite number.
+        """
+        where = f"task {self.name}: metric {self.metric.name}"
+        try:
+            value = self.metric.score(outputs, targets)
+        except Exception as err:
+            raise TaskError(f"raised {type(err).__name__}: {err}", where=where) from err
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
+            raise TaskError(f"returned {value!r}", where=where, fix="return one finite float")
+        return float(value)
+
+
+def _check_batch(batch: Any, specs: Sequence[TensorSpec], where: str) -> None:
+    if not isinstance(batch, Batch):
+        raise TaskError(f"batches() yielded {type(batch).__name__}", where=where, fix="yield mmedge.task.Batch(...)")
+    for name, array in {**batch.inputs, "targets": batch.targets}.items():
+        if not isinstance(array, np.ndarray):
+            raise TaskError(f"{name} is {type(array).__name__}, not a NumPy array", where=where, fix="use .numpy()")
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            raise TaskError(f"{name} holds NaN or infinite values", where=where, fix="clean or skip those samples")
+    if problems := mismatches(specs, batch.inputs):
+        raise TaskError("; ".join(problems), where=where, fix="make the batch and the declared inputs agree")
+    count = len(next(iter(batch.inputs.values())))
+    if count != len(batch.targets) or count == 0 or (batch.ids is not None and len(batch.ids) != count):
+        sizes = f"{count} inputs, {len(batch.targets)} targets"
+        raise TaskError(f"{sizes} and their ids differ in number, or there are none", where=where)
+
+
+def load_weights(model: Module, path: Path) -> Module:
+    """Load a checkpoint into ``model`` and return it in eval mode.
+
+    Args:
+        model: the network the weights were trained for.
+        path: ``.safetensors``, or a file of ``torch.save`` that holds nothing but tensors: a state dict, or a mapping
+            with one under ``state_dict`` or ``model``.
+
+    Raises:
+        TaskError: the file is missing or damaged, needs pickled code to load (which could run anything), or its names
+            or shapes are not the model's.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    where = str(path)
+    if not Path(path).is_file():
+        raise TaskError("no such checkpoint", where=where)
+    try:
+        if Path(path).suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as err:
+        raise TaskError(
+            "the checkpoint holds pickled code or objects, which could run anything on this machine: refused",
+            where=where,
+            fix="save tensors only where it was trained: safetensors.torch.save_file(model.state_dict(), FILE)",
+        ) from err
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as err:
+        raise TaskError(f"the checkpoint cannot be read: {str(err).splitlines()[0]}", where=where) from err
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise TaskError("the checkpoint holds something else than named tensors", where=where)
+    try:
+        model.load_state_dict(dict(state), strict=True)
+    except RuntimeError as err:
+        lines = [line.strip() for line in str(err).splitlines()[1:4]]
+        raise TaskError(f"the checkpoint is not this model's: {' '.join(lines)}", where=where) from err
+    return model.eval()
+
+
+def load_task(spec: str, entry_points: Mapping[str, Callable[[], Callable[[], Any]]]) -> Task:
+    """The task behind ``--task``.
+
+    Args:
+        spec: the name of an installed task, ``path/to/file.py:function`` or ``package.module:function``.
+        entry_points: installed tasks by name; each value loads the function.
+
+    Raises:
+        UsageError: there is no such task.
+        TaskError: its code fails or returns something else.
+    """
+    if ":" in spec:
+        function = _function_of(spec)
+    elif spec in entry_points:
+        function = entry_points[spec]()
+    else:
+        near = unknown_task(spec, entry_points)
+        raise near
+    try:
+        task = function()
+    except MmedgeError:
+        raise
+    except Exception as err:
+        raise TaskError(f"the task function raised {type(err).__name__}: {err}", where=spec) from err
+    if not isinstance(task, Task):
+        raise TaskError(f"the task function returned {type(task).__name__}", where=spec, fix="return mmedge.task.Task")
+    check_declarations(task, spec)
+    object.__setattr__(task, "source", _source_digest(function))
+    return task
+
+
+def unknown_task(spec: str, known: Iterable[str]) -> UsageError:
+    """The error for a task name that is not installed."""
+    from mmedge.errors import unknown
+
+    problem, fix = unknown("task", spec, known)
+    return UsageError(problem, fix=f"{fix}; your own: --task path/to/file.py:function")
+
+
+def _function_of(spec: str) -> Callable[[], Any]:
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise UsageError(f"{spec!r} names no function", fix="write path/to/file.py:function or package.module:function")
+    try:
+        module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except ModuleNotFoundError as err:
+        if not place.endswith(".py") and err.name and place.startswith(err.name):
+            raise UsageError(f"no module {place!r}", where=spec, fix="is it installed in this environment?") from err
+        raise TaskError(f"importing it raised {type(err).__name__}: {err}", where=spec) from err
+    except MmedgeError:
+        raise
+    except Exception as err:
+        raise TaskError(f"importing it raised {type(err).__name__}: {err}", where=spec) from err
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UsageError(f"{place} has no function {name!r}", where=spec)
+    return function  # type: ignore[no-any-return]
+
+
+def _module_from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise UsageError(f"no file {str(path)!r}", fix="`mmedge task new my_task.py` writes one to start from")
+    name = f"mmedge_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} cannot be imported as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.resolve().parent))  # so that it can import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module
+
+
+def _source_digest(function: Callable[[], Any]) -> str:
+    file = inspect.getsourcefile(inspect.unwrap(function))
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else ""
+
+
+def check_declarations(task: Task, where: str) -> None:
+    """Names and sizes that are wrong whatever the data.
+
+    Raises:
+        TaskError: says which.
+    """
+    from mmedge.tensors import DTYPES
+
+    names = [spec.name for spec in task.inputs] + list(task.outputs)
+    problems = [f"{name!r} is used twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += [f"{name!r} is not a plain name" for name in names if not name.isidentifier()]
+    if not task.inputs or not task.outputs:
+        problems.append("inputs and outputs must not be empty")
+    for spec in task.inputs:
+        if spec.dtype not in DTYPES:
+            problems.append(f"{spec.name}: dtype {spec.dtype!r} is none of {', '.join(DTYPES)}")
+        if not spec.shape or spec.shape[0] != "batch":
+            problems.append(f'{spec.name}: the first dimension must be "batch", not {spec.shape[:1]}')
+        if not spec.modality:
+            problems.append(f"{spec.name}: no modality")
+    if not task.name.replace("-", "_").isidentifier():
+        problems.append(f"the name {task.name!r} is not fit for a folder name")
+    if problems:
+        raise TaskError("; ".join(problems), where=where, fix="correct the Task that the function returns")

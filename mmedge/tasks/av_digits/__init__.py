@@ -1,0 +1,66 @@
+"""``av_digits``: which digit is written in a noisy image and spoken in a noisy recording.
+
+Handwritten digits of scikit-learn paired with words spoken by espeak-ng, and a trained audio-visual network of 7.6 M
+parameters. ``data`` says what is measured, ``model`` what is compressed, ``train_teacher`` how the weights came to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmedge.task import Batch, Metric, Split, Task, accuracy
+from mmedge.tasks.av_digits import data
+from mmedge.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BATCH = 64
+
+
+def batches(split: Split, seed: int) -> Iterator[Batch]:
+    """The pairs of a split in batches of 64; the training pairs and their noise depend on ``seed``."""
+    pairs = data.load(split)
+    rng = np.random.default_rng([1, seed] if split == "train" else [2, len(split)])
+    for first in range(0, data.PAIRS[split], BATCH):
+        image, speech = data.draw(pairs, min(BATCH, data.PAIRS[split] - first), rng)
+        images, features = data.add_noise(pairs.images[image], pairs.speech[speech], rng)
+        ids = [f"image {pairs.image_ids[i]}, voice {pairs.speech_ids[s]}" for i, s in zip(image, speech, strict=True)]
+        yield Batch({"image": images, "audio": features}, pairs.image_labels[image], ids)
+
+
+def loss(outputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+    """Cross-entropy of the digit."""
+    from torch.nn import functional as F
+
+    return F.cross_entropy(outputs["logits"], targets)
+
+
+def task() -> Task:
+    """The trained model with its data, loss and metric."""
+    from safetensors.torch import load_file
+
+    from mmedge.tasks.av_digits.model import AvDigits
+
+    model = AvDigits()
+    state = load_file(str(files(__package__) / "teacher.safetensors"))
+    # Kept in float16 to halve the file; used in float32.
+    model.load_state_dict(
+        {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    )
+    return Task(
+        name="av_digits",
+        model=model.eval(),
+        inputs=(
+            TensorSpec("image", "float32", ("batch", 1, 32, 32), "image"),
+            TensorSpec("audio", "float32", ("batch", 1, 40, 64), "audio"),
+        ),
+        outputs=("logits",),
+        batches=batches,
+        loss=loss,
+        metric=Metric("accuracy", accuracy),
+    )
