@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,10 +83,12 @@ class Artifact:
 
     @property
     def digest(self) -> str:
+        """The hash of its content."""
         return self.manifest.digest
 
     @property
     def about(self) -> dict[str, Any]:
+        """Facts about the content."""
         return self.manifest.about
 
     def file(self, name: str) -> Path:
@@ -146,9 +148,12 @@ class Store:
         self.root = root
         self.redo = redo
         self.warn = warn
-        root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(".making-*"):  # of a process that was killed
-            shutil.rmtree(leftover)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            for leftover in root.glob(".making-*"):  # of a process that was killed
+                shutil.rmtree(leftover)
+        except OSError as err:
+            raise _disk_error(err, root, "opening the artifacts") from err
 
     def find(self, kind: Kind, name: str, inputs: Mapping[str, Any]) -> Artifact | None:
         """The artifact made from ``inputs``, or None; a damaged one is set aside and counts as none."""
@@ -156,7 +161,10 @@ class Store:
         if not path.exists():
             return None
         try:
-            return load_artifact(path)
+            found = load_artifact(path)
+            if found.manifest.key != _key(kind, name, inputs):
+                raise ArtifactError("it was made from something else", where=str(path))
+            return found
         except ArtifactError as err:
             aside = path.with_name(f".damaged-{path.name}-{time.time_ns()}")
             path.rename(aside)
@@ -193,7 +201,7 @@ class Store:
             manifest = Manifest(
                 kind=kind,
                 name=name,
-                key=digest_of({"kind": kind, "name": name, "inputs": inputs}),
+                key=_key(kind, name, inputs),
                 digest=_content_digest(files, about),
                 parent=parent.digest if parent else None,
                 files=files,
@@ -205,13 +213,22 @@ class Store:
             write_text(folder / MANIFEST, manifest.model_dump_json(indent=2))
         return Artifact(path, manifest)
 
+    def set_aside(self, kind: Kind, name: str, inputs: Mapping[str, Any]) -> None:
+        """Rename an artifact so that it is made anew; nothing is deleted."""
+        path = self._path(kind, name, inputs)
+        if path.exists():
+            path.rename(path.with_name(f".replaced-{path.name}-{time.time_ns()}"))
+
     def values(self, name: str, inputs: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The JSON values measured from ``inputs``: found, or measured now."""
         return self.make("measurement", name, inputs, lambda folder: measure()).about
 
     def _path(self, kind: Kind, name: str, inputs: Mapping[str, Any]) -> Path:
-        key = digest_of({"kind": kind, "name": name, "inputs": inputs})
-        return self.root / f"{name}-{key[:12]}"
+        return self.root / f"{name}-{_key(kind, name, inputs)[:12]}"
+
+
+def _key(kind: Kind, name: str, inputs: Mapping[str, Any]) -> str:
+    return digest_of({"kind": kind, "name": name, "inputs": inputs})
 
 
 @contextmanager
@@ -221,8 +238,11 @@ def writing(path: Path, doing: str) -> Iterator[Path]:
     Raises:
         ArtifactError: the disk is full or the place cannot be written.
     """
-    folder = Path(tempfile.mkdtemp(prefix=".making-", dir=path.parent))
-    folder.chmod(0o755)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".making-", dir=path.parent))
+        folder.chmod(0o755)
+    except OSError as err:
+        raise _disk_error(err, path, doing) from err
     try:
         yield folder
         for file in folder.iterdir():
@@ -250,6 +270,8 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as err:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise _disk_error(err, path, f"writing {path.name}") from err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -34,7 +35,7 @@ def load(kind: str, name: str) -> Any:
 
 def loaders(kind: str) -> dict[str, Callable[[], Any]]:
     """Every name of one kind with the function that loads it."""
-    return {name: (lambda name=name: load(kind, name)) for name in names(kind)}
+    return {name: partial(load, kind, name) for name in names(kind)}
 
 
 def _import(kind: str, point: EntryPoint) -> Any:

@@ -19,7 +19,7 @@ class Progress:
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Bar]:
-        """A bar of ``total`` steps, shown while the block runs."""
+        """A bar of ``total`` steps (0: not known), shown while the block runs."""
         yield _Silent()
 
     def say(self, text: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from mmedge import plugins
 from mmedge.errors import RecipeError, UsageError, unknown
@@ -37,6 +40,14 @@ class ProfileConfig(BaseModel):
     parity_samples: int = Field(64, ge=1)
 
 
+def _one_name(entry: Any) -> Any:
+    """``quantize``, ``{quantize: null}`` and ``{quantize: {}}`` mean the same."""
+    entry = {entry: {}} if isinstance(entry, str) else entry
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise ValueError("must be one stage name with its settings, as in `- quantize: {}`")
+    return {name: {} if settings is None else settings for name, settings in entry.items()}
+
+
 class Recipe(BaseModel):
     """A validated recipe. ``stages`` keeps the order of the file; each entry is one stage name with its settings."""
 
@@ -47,20 +58,16 @@ class Recipe(BaseModel):
     description: str = ""
     task: str
     targets: tuple[str, ...] = Field(min_length=1)
-    stages: tuple[dict[str, dict[str, Any]], ...] = ()
+    stages: tuple[Annotated[dict[str, dict[str, Any]], BeforeValidator(_one_name)], ...] = ()
     profile: ProfileConfig = ProfileConfig()
     gates: GatesConfig = GatesConfig()
 
-    @field_validator("stages", mode="before")
+    @field_validator("name")
     @classmethod
-    def _one_name_each(cls, stages: Any) -> Any:
-        if not isinstance(stages, (list, tuple)):
-            raise ValueError("a list of stages, each `- name: {settings}`")
-        entries = [{stage: {}} if isinstance(stage, str) else stage for stage in stages]
-        for index, entry in enumerate(entries):
-            if not isinstance(entry, Mapping) or len(entry) != 1:
-                raise ValueError(f"stages[{index}]: one stage name with its settings, as in `- quantize: {{}}`")
-        return [{name: settings or {} for name, settings in entry.items()} for entry in entries]
+    def _fit_for_a_folder(cls, name: str) -> str:
+        if "/" in name or "\\" in name:
+            raise ValueError("must have no slash: run folders are named after it")
+        return name
 
     @field_validator("targets")
     @classmethod
@@ -120,23 +127,14 @@ def load_recipe(
     Raises:
         RecipeError: names the place in the file, what is allowed and what to do.
     """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as err:
-        raise RecipeError(f"cannot be read: {err}", where=path.name) from err
-    except yaml.YAMLError as err:
-        mark = getattr(err, "problem_mark", None)
-        place = f"{path.name}: line {mark.line + 1}" if mark else path.name
-        raise RecipeError(f"not YAML: {getattr(err, 'problem', err)}", where=place) from err
-    if not isinstance(raw, dict):
-        raise RecipeError("a recipe is a mapping of keys to values", where=path.name)
+    raw = _read(path)
     for change in changes:
         _apply(raw, change)
-    raw |= {"name": raw.get("name") or path.stem}
-    raw |= {"task": task} if task else {}
+    raw |= {"name": path.stem} if raw.get("name") in (None, "") else {}
+    raw |= {"task": task} if task is not None else {}
     raw |= {"targets": list(targets)} if targets else {}
     try:
-        recipe = Recipe.model_validate(raw)
+        recipe = _validated(Recipe, raw)
     except ValidationError as err:
         raise _explained(err, path.name, Recipe) from err
     _check_names(recipe, path.name)
@@ -149,23 +147,21 @@ def plan(recipe: Recipe, where: str) -> tuple[PlannedStage, ...]:
     Raises:
         RecipeError: settings are wrong, or a stage cannot take what the one before gives.
     """
-    form, planned, counts = "float", [], dict[str, int]()
-    for index, entry in enumerate(recipe.stages):
-        ((kind, settings),) = entry.items()
+    form, giver, planned = "float", "", []
+    kinds = [kind for entry in recipe.stages for kind in entry]
+    for index, (kind, name) in enumerate(zip(kinds, _numbered(kinds), strict=True)):
         stage_class = plugins.load("stage", kind)
         place = f"{where}: stages[{index}].{kind}"
         try:
-            stage = stage_class(stage_class.Config.model_validate(settings))
+            stage = stage_class(_validated(stage_class.Config, recipe.stages[index][kind]))
         except ValidationError as err:
             raise _explained(err, place, stage_class.Config) from err
         if form not in stage_class.accepts:
-            takes = " or ".join(sorted(stage_class.accepts))
-            raise RecipeError(
-                f"takes a {takes} network, but the stage before gives {form}", where=place, fix="put it before quantize"
-            )
-        form = stage_class.gives or form
-        counts[kind] = counts.get(kind, 0) + 1
-        planned.append(PlannedStage(kind if counts[kind] == 1 else f"{kind}-{counts[kind]}", kind, stage))
+            takes, fix = " or ".join(sorted(stage_class.accepts)), f"put it before {giver}, or leave it out"
+            raise RecipeError(f"takes a {takes} network, but gets {form} from {giver}", where=place, fix=fix)
+        if stage_class.gives:
+            form, giver = stage_class.gives, f"stages[{index}].{kind}"
+        planned.append(PlannedStage(name, kind, stage))
     names = {stage.name for stage in planned}
     for name in stage_names(recipe.gates):
         if name not in names:
@@ -174,13 +170,95 @@ def plan(recipe: Recipe, where: str) -> tuple[PlannedStage, ...]:
     return tuple(planned)
 
 
+def _validated(model: type[BaseModel], raw: Mapping[str, Any]) -> Any:
+    """``raw`` as JSON, where a list may stand for a tuple but ``true`` and ``"4"`` are no numbers."""
+    return model.model_validate_json(json.dumps(raw, default=str), strict=True)
+
+
+def _numbered(kinds: Iterable[str]) -> list[str]:
+    """Unique names: ``distill``, ``prune``, ``distill-2``."""
+    counts: dict[str, int] = {}
+    names = []
+    for kind in kinds:
+        counts[kind] = counts.get(kind, 0) + 1
+        names.append(kind if counts[kind] == 1 else f"{kind}-{counts[kind]}")
+    return names
+
+
 def _check_names(recipe: Recipe, where: str) -> None:
-    for kind, found in (("target", recipe.targets), ("stage", [name for entry in recipe.stages for name in entry])):
-        known = plugins.names(kind)
-        for index, name in enumerate(found):
-            if name not in known:
-                problem, fix = unknown(kind, name, known)
-                raise RecipeError(problem, where=f"{where}: {kind}s[{index}]", fix=fix)
+    named = [("stage", f"stages[{index}]", name) for index, entry in enumerate(recipe.stages) for name in entry]
+    named += [("target", f"targets[{index}]", name) for index, name in enumerate(recipe.targets)]
+    named += [("task", "task", recipe.task)] if ":" not in recipe.task else []
+    for kind, place, name in named:
+        if name not in (known := plugins.names(kind)):
+            problem, fix = unknown(kind, name, known)
+            raise RecipeError(problem, where=f"{where}: {place}", fix=fix)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as it was meant: no key twice, keys are text, numbers are finite, ``1e-3`` is a number (as in YAML 1.2)."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value} is not text: put it in quotes", key.start_mark
+                )
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_finite(self, node: Any) -> float:
+        """A float that is a number."""
+        value = self.construct_yaml_float(node)
+        if not math.isfinite(value):
+            raise yaml.constructor.ConstructorError(None, None, f"{node.value} is not a number", node.start_mark)
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_finite)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("+-0123456789")
+)
+
+
+def _parse(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: ``problem`` says what is wrong, ``problem_mark`` where.
+    """
+    loader = _Loader(text)
+    try:
+        value = loader.get_single_data()
+        json.dumps(value, default=str)
+    except (ValueError, RecursionError) as err:  # an alias inside its own anchor, brackets a thousand deep
+        raise yaml.YAMLError(f"nested too deep: {err}") from err
+    finally:
+        loader.dispose()
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = _parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as err:
+        raise RecipeError(f"cannot be read: {err}", where=path.name) from err
+    except yaml.YAMLError as err:
+        mark = getattr(err, "problem_mark", None)
+        place = f"{path.name}: line {mark.line + 1}" if mark else path.name
+        raise RecipeError(f"not good YAML: {_words(err)}", where=place) from err
+    if not isinstance(raw, dict):
+        raise RecipeError("a recipe is a mapping of keys to values", where=path.name)
+    return raw
+
+
+def _words(err: yaml.YAMLError) -> str:
+    return str(getattr(err, "problem", None) or err).splitlines()[0]
 
 
 def _apply(raw: dict[str, Any], change: str) -> None:
@@ -190,65 +268,75 @@ def _apply(raw: dict[str, Any], change: str) -> None:
     if not equals or not all(keys):
         raise UsageError(f"--set {change!r}", fix="write --set key.key=value, for example --set stages.0.ratio=0.3")
     try:
-        value = yaml.safe_load(text)
+        value = _parse(text)
     except yaml.YAMLError as err:
-        raise UsageError(f"--set {change!r}: the value is not YAML") from err
+        raise UsageError(f"--set {change!r}: the value is not good YAML: {_words(err)}") from err
     place: Any = raw
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        if isinstance(place, list):
-            place, key = _entry(place, key, change)
-            if last:
-                raise UsageError(f"--set {change!r} would replace a whole stage", fix="name one of its settings")
-        elif last:
-            place[key] = value
-            return
-        if place.get(key) is None:
+    if keys[0] == "stages" and len(keys) > 1 and isinstance(raw.get("stages"), list):
+        place, keys = _settings(raw["stages"], keys[1], change), keys[2:]
+        if not keys:
+            raise UsageError(f"--set {change!r} would replace a whole stage", fix="name one of its settings")
+    for key in keys[:-1]:
+        if isinstance(place, dict) and place.get(key) is None:
             place[key] = {}
-        place = place[key]
-        if not isinstance(place, (dict, list)):
-            raise UsageError(f"--set {change!r}: {'.'.join(keys[: depth + 1])} is a value, it has no keys")
+        place = place[_key(place, key, change)]
+    place[_key(place, keys[-1], change)] = value
 
 
-def _entry(stages: list[Any], key: str, change: str) -> tuple[Any, str]:
-    """The stage entry and the stage's name behind an index or a name."""
-    names = [stage if isinstance(stage, str) else next(iter(stage), "") for stage in stages]
-    index = int(key) if key.isdigit() else names.index(key) if key in names else -1
+def _key(place: Any, key: str, change: str) -> str | int:
+    """``key`` as what indexes ``place``."""
+    if isinstance(place, dict):
+        return key
+    if not isinstance(place, list):
+        raise UsageError(f"--set {change!r}: {place!r} is a value, it has no key {key!r}")
+    if not key.isdecimal() or int(key) >= len(place):
+        raise UsageError(f"--set {change!r}: no entry {key!r} in a list of {len(place)}", fix="count from 0")
+    return int(key)
+
+
+def _settings(stages: list[Any], key: str, change: str) -> Any:
+    """The settings behind a stage's index or name."""
+    try:
+        entries = [_one_name(stage) for stage in stages]
+    except ValueError as err:
+        raise UsageError(f"--set {change!r}: an entry of stages {err}", fix="correct the file first") from err
+    kinds = [kind for entry in entries for kind in entry]
+    names = _numbered(kinds)
+    index = int(key) if key.isdecimal() else names.index(key) if key in names else -1
     if not 0 <= index < len(stages):
         problem, fix = unknown("stage", key, names)
         raise UsageError(f"--set {change!r}: {problem}", fix=f"{fix}; or an index from 0 to {len(stages) - 1}")
-    if isinstance(stages[index], str):
-        stages[index] = {names[index]: {}}
-    return stages[index], names[index]
+    stages[index] = entries[index]
+    return entries[index][kinds[index]]
 
 
 def _explained(err: ValidationError, where: str, model: type[BaseModel]) -> RecipeError:
     """The first complaint of pydantic, at its place in the file, with a suggestion for a misspelt key."""
     first = err.errors()[0]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-    place = f"{where}{path}" if "stages[" in where else f"{where}: {path.lstrip('.')}"
+    path = [part for part in first["loc"] if part != "[key]"]
     if first["type"] == "extra_forbidden":
-        problem, fix = unknown("key", str(first["loc"][-1]), _keys(model, first["loc"][:-1]))
-        return RecipeError(problem, where=place.rpartition(".")[0] or where, fix=fix)
+        problem, fix = unknown("key", str(path[-1]), _keys(model, path[:-1]))
+        return RecipeError(problem, where=_place(where, path[:-1]), fix=fix)
     problem = first["msg"].removeprefix("Value error, ")
     given = "" if first["type"] == "missing" else f", not {first['input']!r}"
-    return RecipeError(f"{problem}{given}", where=place)
+    return RecipeError(f"{problem}{given}", where=_place(where, path))
+
+
+def _place(where: str, path: Sequence[int | str]) -> str:
+    inside = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return f"{where}{inside}" if not path or ": " in where else f"{where}: {inside.lstrip('.')}"
 
 
 def _keys(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     """The keys allowed at a place in a settings model."""
     for part in path:
         field = model.model_fields.get(str(part))
-        inner = [kind for kind in _models(field.annotation)] if field is not None else []
-        if not inner:
-            return []
-        model = inner[0]
+        if field is not None:  # else an index, or a free key of a mapping
+            model = next(iter(_models(field.annotation)), model)
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    from typing import get_args
-
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models(part)]
@@ -263,7 +351,12 @@ def schema() -> dict[str, Any]:
         found.setdefault("$defs", {}).update(settings.pop("$defs", {}))
         stages.append({"const": name})
         stages.append(
-            {"type": "object", "properties": {name: settings}, "required": [name], "additionalProperties": False}
+            {
+                "type": "object",
+                "properties": {name: {"anyOf": [settings, {"type": "null"}]}},
+                "required": [name],
+                "additionalProperties": False,
+            }
         )
     found["properties"]["stages"] = {"type": "array", "items": {"anyOf": stages}}
     found["$schema"] = "https://json-schema.org/draft/2020-12/schema"

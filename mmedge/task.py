@@ -6,17 +6,20 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from mmedge.errors import MmedgeError, TaskError, UsageError
-from mmedge.tensors import Array, TensorSpec, mismatches
+from mmedge.errors import MmedgeError, TaskError, UsageError, unknown
+from mmedge.tensors import DTYPES, Array, TensorSpec, mismatches
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -105,13 +108,16 @@ class Task:
         """
         where = f"task {self.name}: {split}"
         index = -1
+        first: Batch | None = None
         try:
             for index, batch in enumerate(self.batches(split, seed)):
                 _check_batch(batch, self.inputs, f"{where} batch {index}")
+                first = first or batch
+                _check_same_form(first, batch, f"{where} batch {index}")
                 yield batch
         except (MmedgeError, GeneratorExit):
             raise
-        except Exception as err:
+        except (Exception, SystemExit) as err:
             raise TaskError(
                 f"batches({split!r}) raised {type(err).__name__}: {err}", where=f"{where} batch {index + 1}"
             ) from err
@@ -154,6 +160,19 @@ def _check_batch(batch: Any, specs: Sequence[TensorSpec], where: str) -> None:
         raise TaskError(f"{sizes} and their ids differ in number, or there are none", where=where)
 
 
+def _check_same_form(first: Batch, batch: Batch, where: str) -> None:
+    """Batches of a split are joined end to end, so all must have the form of the first."""
+    fix = "pad the targets to one shape, or yield an index that the metric looks up"
+    for mine, theirs in (
+        (batch.targets.shape[1:], first.targets.shape[1:]),
+        (batch.targets.dtype, first.targets.dtype),
+    ):
+        if mine != theirs:
+            raise TaskError(f"targets are {mine} per sample, in the first batch {theirs}", where=where, fix=fix)
+    if (batch.ids is None) != (first.ids is None):
+        raise TaskError("some batches have ids and others none", where=where, fix="give ids to all or to none")
+
+
 def load_weights(model: Module, path: Path) -> Module:
     """Load a checkpoint into ``model`` and return it in eval mode.
 
@@ -167,29 +186,17 @@ def load_weights(model: Module, path: Path) -> Module:
             or shapes are not the model's.
     """
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     where = str(path)
     if not Path(path).is_file():
         raise TaskError("no such checkpoint", where=where)
-    try:
-        if Path(path).suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as err:
-        raise TaskError(
-            "the checkpoint holds pickled code or objects, which could run anything on this machine: refused",
-            where=where,
-            fix="save tensors only where it was trained: safetensors.torch.save_file(model.state_dict(), FILE)",
-        ) from err
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as err:
-        raise TaskError(f"the checkpoint cannot be read: {str(err).splitlines()[0]}", where=where) from err
+    state = _read_state(Path(path))
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise TaskError("the checkpoint holds something else than named tensors", where=where)
     try:
         model.load_state_dict(dict(state), strict=True)
@@ -197,6 +204,28 @@ def load_weights(model: Module, path: Path) -> Module:
         lines = [line.strip() for line in str(err).splitlines()[1:4]]
         raise TaskError(f"the checkpoint is not this model's: {' '.join(lines)}", where=where) from err
     return model.eval()
+
+
+def _read_state(path: Path) -> Any:
+    import torch
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch warns of unusual pickles before it refuses them
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as err:
+        raise TaskError(
+            "the checkpoint holds something else than tensors, or is damaged: refused, because pickled code could run "
+            "anything on this machine",
+            where=str(path),
+            fix="save tensors only where it was trained: safetensors.torch.save_file(model.state_dict(), FILE)",
+        ) from err
+    except Exception as err:  # what a damaged file makes of the readers has no common type
+        reason = (str(err).splitlines() or [type(err).__name__])[0]
+        raise TaskError(f"the checkpoint cannot be read: {reason}", where=str(path)) from err
 
 
 def load_task(spec: str, entry_points: Mapping[str, Callable[[], Callable[[], Any]]]) -> Task:
@@ -221,7 +250,7 @@ def load_task(spec: str, entry_points: Mapping[str, Callable[[], Callable[[], An
         task = function()
     except MmedgeError:
         raise
-    except Exception as err:
+    except (Exception, SystemExit) as err:
         raise TaskError(f"the task function raised {type(err).__name__}: {err}", where=spec) from err
     if not isinstance(task, Task):
         raise TaskError(f"the task function returned {type(task).__name__}", where=spec, fix="return mmedge.task.Task")
@@ -232,8 +261,6 @@ def load_task(spec: str, entry_points: Mapping[str, Callable[[], Callable[[], An
 
 def unknown_task(spec: str, known: Iterable[str]) -> UsageError:
     """The error for a task name that is not installed."""
-    from mmedge.errors import unknown
-
     problem, fix = unknown("task", spec, known)
     return UsageError(problem, fix=f"{fix}; your own: --task path/to/file.py:function")
 
@@ -245,17 +272,19 @@ def _function_of(spec: str) -> Callable[[], Any]:
     try:
         module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except ModuleNotFoundError as err:
-        if not place.endswith(".py") and err.name and place.startswith(err.name):
+        if not place.endswith(".py") and f"{place}.".startswith(f"{err.name}."):
             raise UsageError(f"no module {place!r}", where=spec, fix="is it installed in this environment?") from err
         raise TaskError(f"importing it raised {type(err).__name__}: {err}", where=spec) from err
     except MmedgeError:
         raise
-    except Exception as err:
+    except (Exception, SystemExit) as err:
         raise TaskError(f"importing it raised {type(err).__name__}: {err}", where=spec) from err
     function = getattr(module, name, None)
     if not callable(function):
-        raise UsageError(f"{place} has no function {name!r}", where=spec)
-    return function  # type: ignore[no-any-return]
+        here = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
+        problem, fix = unknown("function", name, here)
+        raise UsageError(problem, where=place, fix=fix)
+    return function
 
 
 def _module_from_file(path: Path) -> Any:
@@ -267,11 +296,8 @@ def _module_from_file(path: Path) -> Any:
         raise UsageError(f"{path} cannot be imported as Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    sys.path.insert(0, str(path.resolve().parent))  # so that it can import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.resolve().parent))
+    sys.path.insert(0, str(path.resolve().parent))  # for good: its functions may import neighbours when they run
+    spec.loader.exec_module(module)
     return module
 
 
@@ -281,26 +307,62 @@ def _source_digest(function: Callable[[], Any]) -> str:
 
 
 def check_declarations(task: Task, where: str) -> None:
-    """Names and sizes that are wrong whatever the data.
+    """Types, names and sizes that are wrong whatever the data.
 
     Raises:
         TaskError: says which.
     """
-    from mmedge.tensors import DTYPES
+    if problems := _wrong_types(task) or _wrong_names(task) + _wrong_specs(task):
+        raise TaskError("; ".join(problems), where=where, fix="correct the Task that the function returns")
 
-    names = [spec.name for spec in task.inputs] + list(task.outputs)
+
+def _wrong_types(task: Task) -> list[str]:
+    from torch import nn
+
+    several = (tuple, list)
+    wanted = {
+        "name": ("a string", isinstance(task.name, str)),
+        "model": ("a torch.nn.Module", isinstance(task.model, nn.Module)),
+        "inputs": (
+            "a tuple of TensorSpec",
+            isinstance(task.inputs, several) and all(isinstance(spec, TensorSpec) for spec in task.inputs),
+        ),
+        "outputs": (
+            "a tuple of names",
+            isinstance(task.outputs, several) and all(isinstance(name, str) for name in task.outputs),
+        ),
+        "batches": ("a function", callable(task.batches)),
+        "loss": ("a function", callable(task.loss)),
+        "metric": ("a Metric with a function", isinstance(task.metric, Metric) and callable(task.metric.score)),
+        "student": ("a function", task.student is None or callable(task.student)),
+    }
+    return [f"{name} is {getattr(task, name)!r:.60}, not {what}" for name, (what, good) in wanted.items() if not good]
+
+
+def _wrong_names(task: Task) -> list[str]:
+    names = [str(spec.name) for spec in task.inputs] + list(task.outputs)
     problems = [f"{name!r} is used twice" for name in sorted({n for n in names if names.count(n) > 1})]
-    problems += [f"{name!r} is not a plain name" for name in names if not name.isidentifier()]
+    problems += [f"{name!r} is not a plain name" for name in names if not name.isidentifier() or iskeyword(name)]
     if not task.inputs or not task.outputs:
         problems.append("inputs and outputs must not be empty")
+    if not task.name.replace("-", "_").isidentifier():
+        problems.append(f"the name {task.name!r} is not fit for a folder name")
+    return problems
+
+
+def _wrong_specs(task: Task) -> list[str]:
+    problems = []
     for spec in task.inputs:
+        if not all(isinstance(size, (int, str)) for size in spec.shape):
+            problems.append(f"{spec.name}: {spec.shape} holds something else than sizes and names")
         if spec.dtype not in DTYPES:
             problems.append(f"{spec.name}: dtype {spec.dtype!r} is none of {', '.join(DTYPES)}")
         if not spec.shape or spec.shape[0] != "batch":
             problems.append(f'{spec.name}: the first dimension must be "batch", not {spec.shape[:1]}')
+        if any(isinstance(size, bool) or (isinstance(size, int) and size < 1) for size in spec.shape):
+            problems.append(f"{spec.name}: sizes in {spec.shape} must be 1 or more")
         if not spec.modality:
             problems.append(f"{spec.name}: no modality")
-    if not task.name.replace("-", "_").isidentifier():
-        problems.append(f"the name {task.name!r} is not fit for a folder name")
-    if problems:
-        raise TaskError("; ".join(problems), where=where, fix="correct the Task that the function returns")
+        if not isinstance(spec.fill, (int, float)) or not math.isfinite(spec.fill):
+            problems.append(f"{spec.name}: fill {spec.fill} is not a number")
+    return problems

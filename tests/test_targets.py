@@ -20,7 +20,7 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 from small_onnx import LAYERS, Maker, value
 
-from mmedge.errors import TargetError, UsageError
+from mmedge.errors import TargetError
 from mmedge.targets.onnxruntime import OnnxRuntime
 from mmedge.targets.openvino import OpenVino
 from mmedge.targets.torch import Torch, refuse_pickle
@@ -304,10 +304,3 @@ def test_versions() -> None:
     assert set(OnnxRuntime().check()) == {"onnxruntime", "onnx"}
     assert set(OpenVino().check()) == {"openvino"}
     assert set(Torch().check()) == {"torch"}
-
-
-def test_unknown_compute_capability_is_refused() -> None:
-    from mmedge.targets.tensorrt_rtx import TensorRtRtx
-
-    with pytest.raises(UsageError, match="did you mean 'SM89'"):
-        TensorRtRtx(compute_capabilities=["SM_89"])

@@ -14,8 +14,8 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 from small_onnx import LAYERS, Maker, value
 
 from mmedge.errors import TargetError, UsageError
-from mmedge.lower.lint import lint_tensorrt
 from mmedge.targets.base import Build
+from mmedge.targets.tensorrt_lint import lint_tensorrt
 from mmedge.targets.tensorrt_log import Kernel, conversions, coverage, read_kernels
 from mmedge.targets.tensorrt_rtx import TensorRtRtx
 
@@ -97,6 +97,18 @@ def test_parser_errors_are_told_in_its_own_words(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="parser refuses the model: Det the determinant: ") as caught:
         build(tmp_path, model)
     assert caught.value.exit_status == 4
+
+
+def test_parser_errors_leave_out_that_there_is_no_driver(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    nodes = [
+        helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
+        helper.make_node("Add", ["x", "half"], ["y"], name="mixed"),
+    ]
+    graph = helper.make_graph(nodes, "net", [value("x", ["batch", 3])], [value("y", None)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    with pytest.raises(TargetError, match=r"Add mixed.* must have same input types") as caught:
+        build(tmp_path, model)
     assert "driver version" not in str(caught.value)
 
 
@@ -143,8 +155,21 @@ def test_kernels_are_read_from_a_real_log(log: list[str]) -> None:
     assert gemm.constants[0] == "Int8"
     assert gemm.outputs == ("Float",)
     assert gemm.layers == ("head", "t/dq", "head.weight/dq")
-    named = sum(line.startswith("Name: ") for text in log for line in text.splitlines())
-    assert len(kernels) == named
+    lines = [line for text in log for line in text.splitlines() if line.startswith("Name: ")]
+    assert len(kernels) == sum("Outputs: [ {" in line for line in lines)
+
+
+def test_signals_between_streams_do_not_end_the_list(log: list[str]) -> None:
+    """Larger networks run on several streams; a line as TensorRT-RTX 1.7 writes it."""
+    signal = (
+        "Name: __mye1_myl0_20, LayerType: signal, Inputs: [], Constants: [], Outputs: [], TacticName: , "
+        "StreamId: 0, EventId: 1, Metadata: "
+    )
+    text = "\n".join(log)
+    kernels = read_kernels([text])
+    assert read_kernels([text.replace("Layers:\n", f"Layers:\n{signal}\n")]) == kernels
+    unknown = signal.replace("EventId", "Newcomer")
+    assert read_kernels([text.replace("Layers:\n", f"Layers:\n{unknown}\n")]) == kernels
 
 
 def test_a_log_without_layers_covers_nothing(log: list[str]) -> None:

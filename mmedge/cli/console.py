@@ -45,8 +45,11 @@ class _Line:
         if time.monotonic() - self.spoke > EVERY_S:
             self.spoke = time.monotonic()
             spent = self.spoke - self.started
-            left = spent / self.done * (self.total - self.done) if self.done else 0
-            text = f"{self.label}: {self.done}/{self.total}{self.facts}, {spent:.0f} s, about {left:.0f} s left"
+            count, left = f"{self.done}", ""  # a total of 0 means that nobody knows it
+            if self.total:
+                count += f"/{self.total}"
+                left = f", about {spent / max(self.done, 1) * (self.total - self.done):.0f} s left"
+            text = f"{self.label}: {count}{self.facts}, {spent:.0f} s{left}"
             print(text, file=sys.stderr, flush=True)
 
     def end(self) -> None:
@@ -83,7 +86,7 @@ class Bars(Progress):
             TimeRemainingColumn(),
         )
         with RichProgress(*columns, console=Console(stderr=True)) as shown:
-            task = shown.add_task(label, total=total, facts="")
+            task = shown.add_task(label, total=total or None, facts="")
 
             class Live:
                 def advance(self, steps: int = 1, **facts: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -35,6 +36,9 @@ for group in (catalogues.recipe, catalogues.task, catalogues.target):
 def main() -> None:
     """Run the command line and exit with the status of what happened."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before any runtime loads: mmedge phones nobody
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "×" gets a question mark, not a traceback
     arguments = sys.argv[1:]
     verbose = any(argument in ("-v", "--verbose") for argument in arguments)
     try:

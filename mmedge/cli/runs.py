@@ -137,7 +137,7 @@ def profile(
     from mmedge.cli.console import progress_for
     from mmedge.profile.single import time_artifact
 
-    wanted = {"queries": queries, "budget_s": duration, "threads": threads}
+    wanted: dict[str, Any] = {"queries": queries, "budget_s": duration, "threads": threads}
     changes = {name: value for name, value in wanted.items() if value is not None}
     if (path / "manifest.json").is_file():
         if target:
@@ -194,9 +194,8 @@ def _print_engine(found: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(found, indent=2))
         return
     latency = found["latency_ms"]
-    print(
-        f"{found['name']} on {found['target']}, {found['threads']} thread(s), {latency['queries']} queries, random inputs"
-    )
+    how = f"{found['threads']} thread(s), {latency['queries']} queries of random data"
+    print(f"{found['name']} on {found['target']}, {how}")
     for name in ("p50", "p90", "p99", "mean"):
         value = latency[name]
         print(f"  {name:5s} {value:.3f} ms" if value is not None else f"  {name:5s} not measured: {latency['reason']}")

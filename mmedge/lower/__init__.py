@@ -1,1 +1,1 @@
-"""Lowering changes the format of a network, never the network: torch to ONNX, ONNX to the form each target runs best."""
+"""Lowering changes the format of a network, never the network: to ONNX, and to the form each target runs best."""

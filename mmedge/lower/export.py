@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch.export import ExportedProgram
 
 from mmedge.errors import StageError
 from mmedge.stages.base import Network
@@ -16,8 +15,9 @@ from mmedge.stages.trace import layer_name, program_of, quiet
 from mmedge.task import Task
 
 OPSET = 20  # TensorRT 10.3 (JetPack 6.2) parses it, and it has Gelu and per-axis DequantizeLinear
-SCOPES, FX_NODE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.fx_node"
-WEIGHTED = ("aten.conv", "aten.linear")
+SCOPES = "pkg.torch.onnx.name_scopes"
+WEIGHTED = ("aten.conv", "aten.linear")  # in a traced graph
+KERNELS = ("Conv", "ConvTranspose", "MatMul", "Gemm")  # what they become in ONNX
 
 
 def archive_of(network: Network, task: Task) -> bytes:
@@ -59,29 +59,24 @@ def onnx_of(network: Network, task: Task) -> ir.Model:
     if exported is None:
         raise StageError("the ONNX exporter returned nothing", where=f"task {task.name}")
     model = exported.model
-    _tidy(model, _layers(network, program))
+    _tidy(model, _layers(network))
     return model
 
 
-def _layers(network: Network, program: ExportedProgram) -> dict[str, str]:
-    """Node name in ``program`` to module path, for the weighted layers of a Q/DQ graph.
-
-    Tracing a graph again forgets which module a node came from, but keeps the order of the nodes.
-    """
+def _layers(network: Network) -> list[str]:
+    """Module paths of the weighted layers of a Q/DQ graph, in order: exporting a graph again forgets them."""
     if not isinstance(network.module, torch.fx.GraphModule):
-        return {}
-    before, after = (
-        [node for node in graph.nodes if str(node.target).startswith(WEIGHTED)]
-        for graph in (network.module.graph, program.graph)
-    )
-    return {new.name: layer_name(old) for old, new in zip(before, after, strict=True)}
+        return []
+    return [layer_name(node) for node in network.module.graph.nodes if str(node.target).startswith(WEIGHTED)]
 
 
-def _tidy(model: ir.Model, layers: Mapping[str, str]) -> None:
+def _tidy(model: ir.Model, layers: Sequence[str]) -> None:
     """Name nodes after modules, name the batch, drop what only the exporter needs."""
+    weighted = [node for node in model.graph if node.op_type in KERNELS and _constant_root(node.inputs[1])]
+    paths = dict(zip(weighted, layers, strict=True)) if len(weighted) == len(layers) else {}
     counts: dict[str, int] = {}
     for node in model.graph:
-        name = _module_path(node, layers)
+        name = paths.get(node) or _module_path(node)
         counts[name] = counts.get(name, 0) + 1
         node.name = f"{name}/{node.op_type}" + (f"_{counts[name]}" if counts[name] > 1 else "")
         node.metadata_props.clear()
@@ -102,11 +97,17 @@ def _tidy(model: ir.Model, layers: Mapping[str, str]) -> None:
     model.doc_string = model.graph.doc_string = None
 
 
-def _module_path(node: ir.Node, layers: Mapping[str, str]) -> str:
+def _constant_root(value: ir.Value | None) -> ir.Value | None:
+    """The initializer that ``value`` is made from by transposing and dequantizing, if it is."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in ("DequantizeLinear", "Transpose"):
+            return None
+        value = node.inputs[0]
+    return value if value is not None and value.const_value is not None else None
+
+
+def _module_path(node: ir.Node) -> str:
     """``image.blocks.0.conv1`` for a node of that module; ``model`` for one of the top level."""
-    fx_name = node.metadata_props.get(FX_NODE, "").partition(" ")[0].lstrip("%")
-    if fx_name in layers and node.op_type in ("Conv", "ConvTranspose", "MatMul", "Gemm"):
-        return layers[fx_name]
     weight = node.inputs[1].name if len(node.inputs) > 1 and node.inputs[1] is not None else None
     if weight and weight.endswith(".weight"):  # a fused batch norm would lend the convolution its name
         return weight.removesuffix(".weight").removeprefix("module.")

@@ -68,11 +68,12 @@ def fold_weight_transposes(model: ir.Model) -> None:
 
 
 def _transpose_weight(model: ir.Model, dequantize: ir.Node, permutation: list[int]) -> None:
-    weight = constant(dequantize.inputs[0])
-    if weight is None:
+    source = dequantize.inputs[0]
+    weight = constant(source)
+    if source is None or weight is None:
         return
     axis = dequantize.attributes["axis"].as_int() if "axis" in dequantize.attributes else 1
-    folded = add_constant(model, f"{dequantize.inputs[0].name}.T", weight.transpose(permutation).copy())
+    folded = add_constant(model, f"{source.name}.T", weight.transpose(permutation).copy())
     dequantize.replace_input_with(0, folded)
     dequantize.attributes["axis"] = ir.AttrInt64("axis", permutation.index(axis))
 

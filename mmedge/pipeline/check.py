@@ -10,8 +10,8 @@ import torch
 
 from mmedge.errors import MmedgeError, TaskError
 from mmedge.stages.base import Network, as_tensors, outputs_of
-from mmedge.task import SPLITS, Batch, Task
-from mmedge.tensors import Array
+from mmedge.task import SPLITS, Batch, Split, Task
+from mmedge.tensors import DTYPES, Array
 
 
 def digest_of_task(task: Task) -> str:
@@ -35,6 +35,8 @@ def check_model(task: Task) -> None:
     """
     where = f"task {task.name}"
     for name, tensor in task.model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TaskError(f"{name} in the model's state is {type(tensor).__name__}, not a tensor", where=where)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             fix = "the checkpoint is damaged or training diverged: load another"
             raise TaskError(f"weight {name} holds NaN or infinite values", where=where, fix=fix)
@@ -46,6 +48,8 @@ def check_model(task: Task) -> None:
         if tensor.ndim == 0 or len(tensor) != len(batch):
             shape = tuple(tensor.shape)
             raise TaskError(f"output {name} has shape {shape} for a batch of {len(batch)}", where=where)
+        if (dtype := str(tensor.dtype).removeprefix("torch.")) not in DTYPES:
+            raise TaskError(f"output {name} has dtype {dtype}, engines give {', '.join(DTYPES)}", where=where)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise TaskError(f"output {name} holds NaN or infinite values", where=where, fix="check inputs and weights")
     _check_loss(task, outputs, batch)
@@ -110,7 +114,7 @@ def _identities(task: Task, split: str, limit: int | None) -> Iterator[str]:
             if limit is not None and seen >= limit:
                 return
             seen += 1
-            yield batch.ids[index] if batch.ids is not None else _hash_of(batch.inputs, index)
+            yield str(batch.ids[index]) if batch.ids is not None else _hash_of(batch.inputs, index)
 
 
 def _hash_of(inputs: Mapping[str, Array], index: int) -> str:
@@ -123,19 +127,23 @@ def _hash_of(inputs: Mapping[str, Array], index: int) -> str:
 def check_repeatable(task: Task) -> None:
     """The same arguments must give the same batch: caching and interleaved comparison rest on it.
 
+    Only the training split may depend on the seed.
+
     Raises:
-        TaskError: they do not.
+        TaskError: they do not, or another split does.
     """
     for split in SPLITS:
-        first, second = (next(iter(task.stream(split, 0))) for _ in range(2))
-        for name, array in {**first.inputs, "targets": first.targets}.items():
-            other = {**second.inputs, "targets": second.targets}[name]
-            if array.shape != other.shape or not np.array_equal(array, other):
-                raise TaskError(
-                    f"batches({split!r}, 0) gave different {name} the second time",
-                    where=f"task {task.name}",
-                    fix="draw all randomness from numpy.random.default_rng(seed)",
-                )
+        _check_same(task, split, 0, f"batches({split!r}, 0) gave different {{}} the second time")
+        if split != "train":
+            _check_same(task, split, 1, f"batches({split!r}, seed) gives different {{}} for another seed")
+
+
+def _check_same(task: Task, split: Split, seed: int, problem: str) -> None:
+    first, second = (next(iter(task.stream(split, number))) for number in (0, seed))
+    for name, array in {**first.inputs, "targets": first.targets}.items():
+        if not np.array_equal(array, {**second.inputs, "targets": second.targets}[name]):
+            fix = 'draw all randomness from numpy.random.default_rng(seed), with a fixed seed for all but "train"'
+            raise TaskError(problem.format(name), where=f"task {task.name}", fix=fix)
 
 
 def check_export(task: Task) -> None:

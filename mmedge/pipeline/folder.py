@@ -102,7 +102,7 @@ class RunFolder:
 
 
 def identity_of(recipe: Recipe, seed: int) -> dict[str, Any]:
-    """What makes a run that run: its task, stages and seed. Targets, gates and profile may change and are measured anew."""
+    """What makes a run that run: task, stages and seed. Targets, gates and profile may change between commands."""
     return {
         "schema": 1,
         "task": recipe.task,

@@ -63,7 +63,7 @@ def _layer(module: nn.Module, names: tuple[str, ...]) -> str | None:
     for name, child in module.named_children():
         if name.lower() in names:
             for inner, layer in child.named_modules():
-                if isinstance(layer, nn.Linear):
+                if isinstance(layer, nn.Linear) and "weight" in layer._parameters:  # not a parametrized one
                     return f"{name}.{inner}" if inner else name
     return None
 
@@ -78,7 +78,7 @@ def _heads(module: nn.Module) -> dict[str, int]:
 
 def _separate(path: str, module: nn.Module, names: tuple[str, str, str]) -> Attention:
     paths = tuple(_join(path, name) for name in names)
-    widths = {module.get_submodule(name).out_features for name in names}
+    widths = {module.get_parameter(f"{name}.weight").shape[0] for name in names}
     if len(widths) > 1:
         return Attention(path, paths, None, "queries, keys and values differ in width (grouped-query attention)")
     return _attention(path, module, {name: (0,) for name in names}, widths.pop())
@@ -88,8 +88,8 @@ def _fused(path: str, module: nn.Module, name: str) -> Iterator[Attention]:
     out = _layer(module, OUT)
     if out is None:
         return
-    width = int(module.get_submodule(out).in_features)  # type: ignore[arg-type]
-    if module.get_submodule(name).out_features == 3 * width:
+    width = module.get_parameter(f"{out}.weight").shape[1]
+    if module.get_parameter(f"{name}.weight").shape[0] == 3 * width:
         yield _attention(path, module, {name: (0, width, 2 * width)}, width)
 
 

@@ -68,9 +68,9 @@ class Context:
 class Stage(ABC):
     """One step of the pipeline.
 
-    A subclass names its settings (``Config``, the recipe's schema for it), the forms it takes and what it gives. ``run``
-    must be a pure function of the network, its settings and the context; ``restore`` must rebuild exactly the same
-    network from what was saved. The pipeline always goes on with the restored one, so the two cannot drift apart.
+    A subclass names its settings (``Config``, the recipe's schema for it), the forms it takes and what it gives.
+    ``run`` must be a pure function of the network, its settings and the context; ``restore`` must rebuild exactly the
+    same network from what was saved. The pipeline always goes on with the restored one, so the two cannot drift apart.
     """
 
     name: ClassVar[str]

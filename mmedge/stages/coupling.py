@@ -58,7 +58,9 @@ def units_of(module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str
         if attention.unit is None:
             left[attention.path] = attention.reason
         else:
-            units.append(graph.completed(attention.unit, attention.layers[0]))
+            # To the graph an nn.MultiheadAttention is one with the stream around it.
+            whole = attention.unit.coupled
+            units.append(attention.unit if whole else graph.completed(attention.unit, attention.layers[0]))
     for root in graph.makers():
         if root in claimed:
             continue
@@ -129,7 +131,7 @@ class _Graph:
             width = pruner.get_out_channels(layer)
             return self.graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(width)))
         except Exception as err:
-            raise StageError(f"torch-pruning fails: {type(err).__name__}: {err}", where=root) from err
+            raise StageError(f"torch-pruning cannot follow it ({type(err).__name__}: {err})", where=root) from err
 
     def _side(self, item: Any) -> str:
         return "out" if self.graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
@@ -181,6 +183,8 @@ class _Graph:
             raise StageError(f"{type(holder).__name__} cannot be narrowed", where=owner)
         if max(item.idxs) >= tensor.shape[dim]:
             return []  # it is broadcast over the channels
+        if isinstance(holder, nn.RMSNorm):  # torch-pruning does not know it for a layer
+            return slots_of(owner, holder, "out", item.idxs, item.root_idxs)
         return [Slot(owner, name, dim, tuple(item.idxs), tuple(item.root_idxs))]
 
     def completed(self, unit: Unit, layer: str) -> Unit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -27,8 +27,6 @@ class Distill(Stage):
         """
 
         student: Literal["current", "task"] = "current"
-
-    Config: ClassVar[type[Training]] = Config
 
     def run(self, network: Network, context: Context) -> Saved:
         """Train a copy of the student and keep its weights."""

@@ -85,7 +85,7 @@ def _gradients(module: nn.Module, context: Context) -> Iterator[None]:
             loss = task.loss(floats, torch.from_numpy(batch.targets[:ROWS]))
             if not loss.isfinite():
                 raise StageError(f"the loss is {float(loss)}", where="prune", fix="use importance: magnitude")
-            loss.backward()
+            torch.autograd.backward(loss)
         yield
     for parameter in frozen:
         parameter.requires_grad_(False)

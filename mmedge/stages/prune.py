@@ -171,7 +171,7 @@ def _protected(module: nn.Module, patterns: Iterable[str]) -> Protected:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
             problem, fix = unknown("module", pattern, names)
-            raise StageError(problem, where="prune.keep", fix=fix.split(" known:")[0])
+            raise StageError(problem, where="prune.keep", fix=fix.split("known:")[0] or "name paths of named_modules()")
         for name in matches:
             found.update(module.get_submodule(name).modules())
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -50,8 +50,6 @@ class Quantize(Stage):
         dtype: Literal["int8"] = "int8"
         calibration: Calibration = Calibration()
         keep_float: tuple[str, ...] = ()
-
-    Config: ClassVar[type[StageConfig]] = Config
 
     def run(self, network: Network, context: Context) -> Saved:
         """Calibrate; keep the prepared graph's state and which layers were quantized or skipped."""

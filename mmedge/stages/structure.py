@@ -81,10 +81,10 @@ def narrowed(module: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
             value = value.index_select(dim, torch.tensor([i for i in range(value.shape[dim]) if i not in gone]))
         swaps[key] = value.contiguous()
     swap_tensors(smaller, swaps)
-    for (owner, name), gone in _attribute_losses(cuts).items():
+    for (owner, name), loss in _attribute_losses(cuts).items():
         holder = smaller.get_submodule(owner)
         old = getattr(holder, name)
-        setattr(holder, name, (*old[:-1], old[-1] - gone) if isinstance(old, tuple) else old - gone)
+        setattr(holder, name, (*old[:-1], old[-1] - loss) if isinstance(old, tuple) else old - loss)
     return smaller
 
 

@@ -77,7 +77,7 @@ def layer_name(node: Node) -> str:
 
 def graph_of(module: nn.Module, task: Task) -> torch.fx.GraphModule:
     """The traced graph as a module, called like the original; the form that PT2E quantizes."""
-    return program_of(module, task).module()  # type: ignore[return-value]
+    return program_of(module, task).module()
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def distil(student: nn.Module, settings: Training, context: Context, label: str)
     taught = ask_teacher(settings, context)
     total = len(taught.features)
     with reproducible(context.seed), Probe(student) as probe:
-        student.to(memory_format=torch.channels_last)
+        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         projection = _projection(student, probe, taught, context)
         parameters = [*student.parameters(), *projection.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -91,7 +91,7 @@ def distil(student: nn.Module, settings: Training, context: Context, label: str)
                     schedule.step()
                     bar.advance(loss=_finite(loss, label))
         student.eval()
-        student.to(memory_format=torch.contiguous_format)
+        student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def _loss(
@@ -146,7 +146,7 @@ def _answers(settings: Training, context: Context) -> dict[str, Tensor]:
     gathered: dict[str, list[Tensor]] = {}
     batches = list(samples_of(context.task, context.seed, settings.samples))
     total = sum(len(targets) for _, _, targets in batches)
-    teacher = context.teacher.to(memory_format=torch.channels_last)
+    teacher = context.teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.no_grad(), Probe(teacher) as probe, context.progress.bar("asking the teacher", total) as bar:
         for _, inputs, targets in batches:
             with autocast(settings.precision):
@@ -155,7 +155,7 @@ def _answers(settings: Training, context: Context) -> dict[str, Tensor]:
                 gathered.setdefault(f"output.{name}", []).append(value.float())
             gathered.setdefault("features", []).append(probe.features().float())
             bar.advance(len(targets))
-    context.teacher.to(memory_format=torch.contiguous_format)
+    context.teacher.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return {name: torch.cat(parts) for name, parts in gathered.items()}
 
 

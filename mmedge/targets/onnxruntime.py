@@ -143,7 +143,7 @@ def _coverage(model: ModelProto, optimized: ModelProto) -> Coverage:
 
 
 def _layer(kernel: str, layers: Iterable[str]) -> str:
-    """The layer a kernel was made from: optimizers append to names (``head/MatMulAddFusion``, ``conv_token_5``, ``fused fc/Gemm``)."""
+    """The layer of a kernel. Optimizers add to names: ``fused fc``, ``fc/MatMulAddFusion``, ``conv_token_5``."""
     kernel = kernel.removeprefix("fused ")
     origins = [layer for layer in layers if kernel == layer or kernel.startswith((f"{layer}/", f"{layer}_token_"))]
     return max(origins, key=len, default=kernel)

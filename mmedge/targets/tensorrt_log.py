@@ -17,7 +17,7 @@ from mmedge.targets.base import Coverage
 _LINE = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: \[(?P<inputs>.*?)\], "
     r"Constants: \[(?P<constants>.*?)\], Outputs: \[(?P<outputs>.*?)\], "
-    r"TacticName: .*?, StreamId: -?\d+, Metadata: ?(?P<metadata>.*)$"
+    r"TacticName: .*?, StreamId: -?\d+,(?: EventId: -?\d+,)? Metadata: ?(?P<metadata>.*)$"
 )
 _DATATYPE = re.compile(r"Datatype: (\w+)")
 # Library kernels, which compute in the type of their operands. Generated ones (kgen, runtime_fusion) may read int8
@@ -47,7 +47,10 @@ class Kernel:
 
 
 def read_kernels(messages: Iterable[str]) -> list[Kernel]:
-    """The kernels listed in the ``Layers:`` blocks of a build log; empty where it holds none."""
+    """The kernels listed in the ``Layers:`` blocks of a build log; empty where it holds none.
+
+    Lines that write nothing (signals between streams, computation of shapes) are no kernels.
+    """
     return list(_kernels("\n".join(messages).splitlines()))
 
 
@@ -56,7 +59,9 @@ def _kernels(lines: Iterable[str]) -> Iterator[Kernel]:
     for line in lines:
         if line.strip() == "Layers:":
             inside = True
-        elif inside and (found := _LINE.match(line)):
+        elif not line.startswith("Name: "):
+            inside = False
+        elif inside and (found := _LINE.match(line)) and found["outputs"].strip():
             yield Kernel(
                 found["name"],
                 found["type"],
@@ -65,8 +70,6 @@ def _kernels(lines: Iterable[str]) -> Iterator[Kernel]:
                 tuple(_DATATYPE.findall(found["outputs"])),
                 tuple(part.rstrip("]\x1e\x1f ") for part in found["metadata"].split("[ONNX Layer: ")[1:]),
             )
-        else:
-            inside = False
 
 
 def coverage(kernels: Sequence[Kernel], weighted: Iterable[str]) -> Coverage:
@@ -106,7 +109,7 @@ def conversions(kernels: Iterable[Kernel]) -> dict[str, int]:
     """
     counts = {"quantize": 0, "dequantize": 0, "inserted": 0}
     for kernel in kernels:
-        if kernel.type in _LIBRARY or kernel.type == "shape_call":
+        if kernel.type in _LIBRARY:
             continue
         counts["inserted"] += not kernel.layers
         counts["quantize"] += "Int8" in kernel.outputs and "Int8" not in kernel.inputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import shutil
@@ -82,6 +83,7 @@ def _torch() -> Any:
 
 def _load(folder: Path) -> Any:
     torch = _torch()
+    importlib.import_module("torch.ao.quantization.fx._decomposed")  # registers the operators of Q/DQ archives
     refuse_pickle(folder / MODEL)
     with reported("loading the archive", str(folder / MODEL)):
         return torch.export.load(folder / MODEL)

@@ -9,7 +9,7 @@ directions something moves. The data is synthetic, so the example needs nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,7 @@ _BAR[2:5] = 1.0
 
 
 # 3. Your loss, on tensors: what training minimises besides the distance to the teacher.
-def loss(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+def loss(outputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
     """Cross-entropy of the direction."""
     return F.cross_entropy(outputs["logits"], targets)
 

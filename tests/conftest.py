@@ -1,0 +1,46 @@
+"""What tests share: a small task that is the shipped template, trained once per session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that `mmedge task new` writes, with its checkpoint beside it."""
+    path = tmp_path_factory.mktemp("task") / "my_task.py"
+    shutil.copy(str(files("mmedge.tasks") / "template.py"), path)
+    from mmedge.task import load_task
+
+    load_task(f"{path}:task", {})
+    return path
+
+
+@pytest.fixture
+def small_task(template: Path):
+    """The template's task, loaded anew."""
+    from mmedge.task import load_task
+
+    return load_task(f"{template}:task", {})
+
+
+@pytest.fixture
+def context_of() -> Callable:
+    """Makes the context of a stage for a task; nothing is remembered."""
+    from mmedge.progress import Progress
+    from mmedge.stages.base import Context
+
+    def make(task, seed: int = 0, **changes):
+        context = Context(task, task.model.eval(), seed, Progress(), lambda name, inputs, compute: compute())
+        return replace(context, **changes)
+
+    return make

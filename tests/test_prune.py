@@ -1,0 +1,433 @@
+"""Structured pruning: smaller, still right, restorable from tensors and JSON alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmedge.errors import StageError
+from mmedge.progress import Progress
+from mmedge.stages.attention import attentions_of
+from mmedge.stages.base import Context, Network, Saved, as_tensors, outputs_of
+from mmedge.stages.coupling import units_of
+from mmedge.stages.prune import Prune
+from mmedge.stages.soundness import Soundness
+from mmedge.stages.structure import Cut, Slot, count, narrowed
+from mmedge.task import Batch, Metric, Split, Task, accuracy
+from mmedge.tasks.av_digits.model import AvDigits
+from mmedge.tensors import TensorSpec
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small networks are faster that way, and results do not depend on the machine's load."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def task_of(model: nn.Module, inputs: Mapping[str, tuple[int, ...]], classes: int = 10) -> Task:
+    """A task around ``model`` with random data and labels; of ``tokens*`` inputs the entries are integers below 50."""
+
+    def batches(split: Split, seed: int) -> Iterator[Batch]:
+        rng = np.random.default_rng([seed, len(split)])
+        for _ in range(2):
+            arrays = {
+                name: rng.integers(0, 50, (4, *shape))
+                if name.startswith("tokens")
+                else rng.standard_normal((4, *shape), dtype=np.float32)
+                for name, shape in inputs.items()
+            }
+            yield Batch(arrays, rng.integers(0, classes, 4))
+
+    specs = tuple(
+        TensorSpec(name, "int64" if name.startswith("tokens") else "float32", ("batch", *shape), name)
+        for name, shape in inputs.items()
+    )
+    loss: Callable[[Mapping[str, Tensor], Tensor], Tensor] = lambda outputs, y: F.cross_entropy(outputs["logits"], y)  # noqa: E731
+    return Task("random", lively(model), specs, ("logits",), batches, loss, Metric("accuracy", accuracy))
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Weights as after training, not after initialization: norms and statistics differ from channel to channel."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.rand(parameter.shape, generator=generator)
+            parameter.copy_(parameter * (0.5 + noise) + 0.1 * (noise - 0.5))
+        for name, buffer in model.named_buffers():
+            if buffer.is_floating_point() and "running" in name:
+                buffer.add_(0.3 * torch.rand(buffer.shape, generator=generator))
+    return model.eval()
+
+
+def context_of(task: Task, progress: Progress | None = None) -> Context:
+    return Context(task, task.model, 0, progress or Progress(), lambda name, inputs, compute: compute())
+
+
+def prune(task: Task, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """Prune, save and load as the pipeline does, restore; checks what must hold of every result."""
+    context, stage = context_of(task), Prune(Prune.Config(**settings))
+    before = {name: value.clone() for name, value in task.model.state_dict().items()}
+    saved = stage.run(Network(task.model), context)
+    assert all(torch.equal(before[name], value) for name, value in task.model.state_dict().items())
+    reloaded = Saved(load(save(dict(saved.tensors))), json.loads(json.dumps(saved.edits)))
+    module = stage.restore(Network(task.model), reloaded, context).module
+    assert not module.training
+    inputs = as_tensors(task.example().inputs)
+    with torch.no_grad():
+        expected = outputs_of(task.model, inputs, task.outputs)["logits"]
+        found = outputs_of(module, inputs, task.outputs)["logits"]
+    assert found.shape == expected.shape
+    assert found.isfinite().all()
+    assert saved.edits["after"] == count(module, inputs, task.outputs)
+    assert saved.edits["after"]["parameters"] < saved.edits["before"]["parameters"]
+    assert saved.edits["after"]["macs"] < saved.edits["before"]["macs"]
+    return module, dict(saved.edits)
+
+
+def run_on(task: Task, module: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return outputs_of(module, as_tensors(task.example().inputs), task.outputs)["logits"]
+
+
+def av_digits() -> Task:
+    torch.manual_seed(0)
+    model = AvDigits((16, 32, 32), (16, 32, 32), (2, 2, 1), dim=64, num_heads=4, depth=4, mlp_ratio=2)
+    return task_of(model, {"image": (1, 32, 32), "audio": (1, 40, 64)})
+
+
+def test_av_digits_is_narrowed_everywhere() -> None:
+    module, edits = prune(av_digits(), width=0.5, round_to=8)
+    assert edits["rolled_back"] == {}
+    assert set(edits["left_alone"]) == {"head"}
+    assert 3 < edits["before"]["macs"] / edits["after"]["macs"] < 4.2
+    attention = module.get_submodule("layers.0.attention")
+    assert (attention.num_heads, attention.head_dim) == (2, 16)
+    assert attention.query.weight.shape == attention.out.weight.shape == (32, 32)
+    assert module.get_parameter("image.position").shape == (1, 64, 32)
+    assert module.get_submodule("head").weight.shape == (10, 32)
+
+
+def test_depth_keeps_evenly_spaced_blocks_and_strided_ones() -> None:
+    torch.manual_seed(0)
+    model = AvDigits((16, 32, 32), (16, 32, 32), (3, 3, 1), dim=64, num_heads=4, depth=5, mlp_ratio=2)
+    task = task_of(model, {"image": (1, 32, 32), "audio": (1, 40, 64)})
+    module, edits = prune(task, width=1.0, depth=0.5)
+    blocks = [0, 1, 3, 4, 6]  # runs 0-2 and 4-5; 3 and 6 have strides
+    assert edits["depth"] == {"audio.blocks": blocks, "image.blocks": blocks, "layers": [0, 1, 3]}
+    assert torch.equal(module.get_parameter("layers.2.norm1.weight"), model.get_parameter("layers.3.norm1.weight"))
+
+
+def test_width_and_depth_exports_with_any_batch() -> None:
+    task = av_digits()
+    module, edits = prune(task, width=0.5, depth=0.5, importance="magnitude")
+    assert edits["depth"]["layers"] == [0, 2]
+    assert_exports(task, module)
+
+
+def assert_exports(task: Task, module: nn.Module) -> None:
+    import onnx_ir
+    import onnxruntime
+
+    from mmedge.lower.export import onnx_of
+
+    session = onnxruntime.InferenceSession(onnx_ir.to_proto(onnx_of(Network(module), task)).SerializeToString())
+    inputs = {name: array[:3] for name, array in task.example().inputs.items()}
+    with torch.no_grad():
+        expected = outputs_of(module, as_tensors(inputs), task.outputs)["logits"]
+    np.testing.assert_allclose(session.run(None, inputs)[0], expected.numpy(), atol=1e-4, rtol=1e-3)
+
+
+def test_restored_module_is_bit_equal() -> None:
+    task = av_digits()
+    seen: list[nn.Module] = []
+
+    class Spy(Prune):
+        def _narrow(self, *args: Any) -> Any:
+            result = super()._narrow(*args)
+            seen.append(result[0])
+            return result
+
+    stage, context = Spy(Prune.Config(width=0.5, depth=0.5)), context_of(task)
+    saved = stage.run(Network(task.model), context)
+    module = stage.restore(Network(task.model), Saved(load(save(dict(saved.tensors))), saved.edits), context).module
+    assert torch.equal(run_on(task, module), run_on(task, seen[0]))
+    again = stage.run(Network(task.model), context)
+    assert again.edits == saved.edits
+    assert all(torch.equal(again.tensors[name], value) for name, value in saved.tensors.items())
+
+
+class CnnTransformer(nn.Module):
+    """A convolution into PyTorch's own encoder, and a second input that is flattened into a Linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 32, 3, padding=1)
+        self.small = nn.Conv2d(1, 16, 3, padding=1)
+        self.flat = nn.Linear(16 * 16, 64)
+        self.patch = nn.Conv2d(32, 64, 4, 4)
+        self.class_token = nn.Parameter(torch.randn(1, 1, 64))
+        self.register_buffer("position", torch.randn(1, 5, 64), persistent=False)
+        layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, image: Tensor, depth: Tensor) -> Tensor:
+        x = self.patch(F.relu(self.conv(image))).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1) + self.position
+        side = self.flat(F.relu(self.small(depth)).flatten(1))
+        return self.head(self.encoder(x)[:, 0] + side)
+
+
+def test_pytorch_transformer_loses_whole_heads_together_with_its_stream() -> None:
+    torch.manual_seed(0)
+    task = task_of(CnnTransformer(), {"image": (3, 8, 8), "depth": (1, 4, 4)})
+    module, edits = prune(task, width=0.5, depth=0.7)
+    assert edits["rolled_back"] == {}
+    assert edits["depth"] == {"encoder.layers": [0, 1]}
+    attention = module.get_submodule("encoder.layers.1.self_attn")
+    assert (attention.embed_dim, attention.num_heads, attention.head_dim) == (32, 2, 16)
+    assert attention.in_proj_weight.shape == (96, 32)
+    assert module.get_submodule("flat").in_features == 8 * 16
+    assert module.get_buffer("position").shape == (1, 5, 32)
+    assert_exports(task, module)
+
+
+class Fusion(nn.Module):
+    """Depthwise and grouped convolutions, GroupNorm over a concatenation, and a recurrent branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.PReLU(32))
+        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.two = nn.Conv2d(2, 64, 3, padding=1)
+        self.grouped = nn.Conv2d(64, 64, 3, padding=1, groups=4)
+        self.norm = nn.GroupNorm(6, 96)
+        self.fuse = nn.Conv2d(96, 32, 1)
+        self.embed = nn.Linear(7, 16)
+        self.gru = nn.GRU(16, 24, batch_first=True)
+        self.head = nn.Linear(32 + 24, 10)
+
+    def forward(self, camera: Tensor, lidar: Tensor, speech: Tensor) -> Tensor:
+        one = F.silu(self.depthwise(self.one(camera)))
+        two = torch.sigmoid(self.grouped(F.relu(self.two(lidar))))
+        both = F.relu(self.fuse(self.norm(torch.cat([one, two], 1)))).mean((2, 3))
+        heard = self.gru(self.embed(speech))[0][:, -1]
+        return self.head(torch.cat([both, heard], 1))
+
+
+def test_groups_concatenation_and_a_recurrent_branch() -> None:
+    torch.manual_seed(0)
+    task = task_of(Fusion(), {"camera": (3, 8, 8), "lidar": (2, 8, 8), "speech": (5, 7)})
+    module, edits = prune(task, width=0.5, round_to=8)
+    assert edits["rolled_back"] == {}
+    assert "embed" in edits["left_alone"]
+    assert module.get_submodule("depthwise").groups == 16
+    grouped = module.get_submodule("grouped")
+    assert (grouped.groups, grouped.in_channels, grouped.weight.shape[1]) == (4, 32, 8)
+    assert (module.get_submodule("norm").num_groups, module.get_submodule("norm").num_channels) == (6, 48)
+    assert module.get_submodule("head").in_features == 16 + 24
+
+
+class Tied(nn.Module):
+    """Text with an embedding tied to the layer that scores it, fused queries, and RMS norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 64)
+        self.norm = nn.RMSNorm(64)
+        self.num_heads = 4
+        self.qkv = nn.Linear(64, 3 * 64, bias=False)
+        self.proj = nn.Linear(64, 64)
+        self.vocabulary = nn.Linear(64, 50, bias=False)
+        self.vocabulary.weight = self.embed.weight
+        self.head = nn.Linear(50, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head(self.vocabulary(x).mean(1))
+
+
+def test_tied_weights_stay_tied() -> None:
+    torch.manual_seed(0)
+    task = task_of(Tied(), {"tokens": (6,)})
+    module, edits = prune(task, width=0.5, keep=["vocabulary"])
+    assert edits["rolled_back"] == {}
+    assert module.get_parameter("embed.weight") is module.get_submodule("vocabulary").weight
+    assert module.get_parameter("embed.weight").shape == (50, 32)
+    assert module.get_submodule("qkv").weight.shape == (96, 32)
+    assert module.num_heads == 2
+
+
+class GroupedQueries(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(32, 64), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.o_proj = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (4, 16)).transpose(1, 2)
+        k, v = (f(x).unflatten(-1, (2, 16)).transpose(1, 2) for f in (self.k_proj, self.v_proj))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2))
+
+
+class Hidden(nn.Module):
+    """An attention that hides its heads (nothing tells how many), one with fewer keys, and an ordinary layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.query, self.mix = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.fewer = GroupedQueries()
+        self.wide = nn.Linear(32, 64)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        x = x + self.fewer(x)
+        # Two heads by position: removing any channel but in the right pairs mixes them.
+        heads = self.query(x).unflatten(-1, (2, -1)).softmax(-2).flatten(-2)
+        return self.head(F.relu(self.wide(x + self.mix(heads))).mean(1))
+
+
+def test_what_cannot_be_followed_is_put_back_and_the_rest_goes_on() -> None:
+    torch.manual_seed(0)
+    task = task_of(Hidden(), {"x": (6, 8)})
+    module, edits = prune(task, width=0.5)
+    assert "grouped-query" in edits["left_alone"]["fewer"]
+    assert "wrong channels" in edits["rolled_back"]["query"]
+    assert module.get_submodule("query").out_features == 32
+    assert edits["widths"]["wide"] == [64, 32]
+
+
+def test_wrong_coupling_of_the_right_shape_is_noticed() -> None:
+    torch.manual_seed(0)
+    model = lively(nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 3)))
+    inputs = {"input": torch.randn(2, 4)}
+    gone = frozenset({1, 2})
+    right = [Slot("0", name, dim, tuple(range(8)), tuple(range(8))) for name, dim in [("weight", 0), ("bias", 0)]]
+    check = Soundness(model, inputs, ("logits",))
+    for order, works in [(range(8), True), (range(7, -1, -1), False)]:
+        cuts = [Cut(slot, gone) for slot in [*right, Slot("2", "weight", 1, tuple(range(8)), tuple(order))]]
+        assert narrowed(model, cuts)(inputs["input"]).shape == (2, 3)
+        assert (check.problem(cuts) is None) is works
+
+
+def test_taylor_keeps_the_channels_that_matter() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(8, 32), nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.first(x)))
+
+    torch.manual_seed(0)
+    task = task_of(Net(), {"x": (8,)})
+    with torch.no_grad():
+        # Large weights that nothing reads: magnitude is fooled by them, gradients are not.
+        task.model.get_parameter("first.weight")[:16] *= 30
+        task.model.get_parameter("head.weight")[:, :16] = 0
+    useful = task.model.get_parameter("first.weight")[16:]
+    kept, _ = prune(task, width=0.5, importance="taylor")
+    assert torch.equal(kept.get_parameter("first.weight"), useful)
+    assert torch.allclose(run_on(task, kept), run_on(task, task.model), atol=1e-5)
+    fooled, _ = prune(task, width=0.5, importance="magnitude")
+    assert not torch.equal(fooled.get_parameter("first.weight"), useful)
+
+
+def test_keep_holds_widths_heads_and_blocks() -> None:
+    task = av_digits()
+    module, edits = prune(task, width=0.5, depth=0.5, keep=["image.*", "layers.1", "*.mlp.up"], importance="magnitude")
+    assert edits["depth"] == {"audio.blocks": [0, 2, 3, 4], "layers": [0, 1, 2]}
+    assert module.get_submodule("image.blocks.0.conv1").out_channels == 16
+    assert module.get_submodule("layers.1.attention").num_heads == 4
+    assert module.get_submodule("layers.0.attention").num_heads == 2
+    assert all("mlp" not in name for name in edits["widths"])
+    with pytest.raises(StageError, match="unknown module"):
+        prune(task, keep=["layer.1"])
+
+
+def test_narrow_layers_are_rounded_to_smaller_powers_of_two_and_say_so() -> None:
+    said: list[str] = []
+
+    class Listening(Progress):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    task = av_digits()
+    saved = Prune(Prune.Config(width=0.5, importance="magnitude")).run(
+        Network(task.model), context_of(task, Listening())
+    )
+    assert saved.edits["rounded_to"]["image.stem.0"] == 8
+    assert saved.edits["widths"]["image.stem.0"] == [16, 8]
+    assert any(text.startswith("image.stem.0") for text in said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"width": 0.1}, "attention.*4 heads leaves less than one"),
+        ({"width": 0.99}, "nothing could be pruned"),
+        ({"keep": ["*"]}, "nothing could be pruned.*keep names"),
+        ({"width": 1.0, "depth": 0.99}, "nothing could be pruned"),
+    ],
+)
+def test_what_cannot_be_done_is_an_error_with_a_fix(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(StageError, match=words) as caught:
+        prune(av_digits(), importance="magnitude", **settings)
+    assert caught.value.fix
+
+
+def test_tensors_of_another_network_are_refused() -> None:
+    task = av_digits()
+    context, stage = context_of(task), Prune(Prune.Config(importance="magnitude"))
+    saved = stage.run(Network(task.model), context)
+    tensors = {name: value for name, value in saved.tensors.items() if name != "head.bias"}
+    with pytest.raises(StageError, match=r"missing.*head\.bias"):
+        stage.restore(Network(task.model), Saved(tensors, saved.edits), context)
+
+
+def test_recovery_trains_the_pruned_network() -> None:
+    task = av_digits()
+    raw, _ = prune(task, importance="magnitude")
+    trained, edits = prune(task, importance="magnitude", recover={"epochs": 1, "precision": "fp32"})
+    assert edits["after"] == count(raw, as_tensors(task.example().inputs), task.outputs)
+    assert not torch.equal(raw.get_parameter("head.weight"), trained.get_parameter("head.weight"))
+
+
+def test_frozen_networks_can_be_pruned() -> None:
+    task = av_digits()
+    task.model.requires_grad_(False)
+    module, _ = prune(task)
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_heads_are_found_by_name() -> None:
+    found = list(attentions_of(av_digits().model))
+    assert [a.unit.head_dim for a in found if a.unit] == [16] * 6
+    model = lively(GroupedQueries())
+    units = units_of(model, {"x": torch.randn(2, 5, 32)}, ("y",))
+    assert units.units == ()
+
+
+def test_parametrized_layers_are_left_alone() -> None:
+    task = av_digits()
+    nn.utils.parametrizations.weight_norm(task.model.get_submodule("layers.0.attention.query"))
+    nn.utils.parametrizations.weight_norm(task.model.get_submodule("layers.1.mlp.up"))
+    module, edits = prune(task, importance="magnitude")
+    assert "parametrization" in edits["left_alone"]["layers.1.mlp.up"]
+    assert module.get_submodule("layers.0.attention.query").weight.shape == (64, 64)
+    assert edits["widths"]["layers.0.mlp.up"] == [128, 64]

@@ -1,0 +1,211 @@
+"""INT8: what is placed where, that it is restored bit for bit, and what each target's form looks like."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmedge.errors import StageError
+from mmedge.lower.export import onnx_of, write
+from mmedge.lower.passes import activation_pair, constant, nodes, producer, quantized_weight
+from mmedge.lower.shape import shape_for
+from mmedge.stages.base import Network, Saved, as_tensors, outputs_of
+from mmedge.stages.quantize import Quantize
+from mmedge.targets.base import Lowering
+from mmedge.targets.onnxruntime import OnnxRuntime
+from mmedge.task import Batch, Metric, Task, accuracy
+from mmedge.tensors import TensorSpec
+
+
+class Residual(nn.Module):
+    """A residual block with batch norms, a transposed and a depthwise convolution, a token mixer and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.up = nn.ConvTranspose2d(16, 8, 2, 2)
+        self.norm = nn.LayerNorm(8)
+        self.mix = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.stem(image)))
+        x = F.relu(x + self.bn2(self.conv(x)))
+        x = self.up(self.depthwise(x)).flatten(2).transpose(1, 2)
+        x = x + F.gelu(self.mix(self.norm(x)))
+        return self.head(x.mean(1))
+
+
+def random_task(model: nn.Module) -> Task:
+    def batches(split: str, seed: int):
+        rng = np.random.default_rng(len(split))
+        for _ in range(2):
+            images = rng.standard_normal((16, 3, 12, 12), dtype=np.float32)
+            yield Batch({"image": images}, rng.integers(0, 4, 16))
+
+    loss = lambda outputs, y: F.cross_entropy(outputs["logits"], y)  # noqa: E731
+    inputs = (TensorSpec("image", "float32", ("batch", 3, 12, 12), "image"),)
+    return Task("random", model.eval(), inputs, ("logits",), batches, loss, Metric("accuracy", accuracy))
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    torch.manual_seed(0)
+    task = random_task(Residual())
+    from mmedge.progress import Progress
+    from mmedge.stages.base import Context
+
+    context = Context(task, task.model, 0, Progress(), lambda name, inputs, compute: compute())
+    stage = Quantize(Quantize.Config(calibration={"samples": 32}))
+    saved = stage.run(Network(task.model), context)
+    return task, context, stage, saved
+
+
+def test_every_weighted_layer_is_quantized_and_named_by_its_module(quantized) -> None:
+    _, _, _, saved = quantized
+    assert saved.edits["quantized"] == ["stem", "conv", "depthwise", "up", "mix", "head"]
+    assert saved.edits["skipped"] == {}
+
+
+def test_restored_from_safetensors_it_is_the_same_to_the_last_bit_and_close_to_float(quantized) -> None:
+    task, context, stage, saved = quantized
+    inputs = as_tensors(task.example().inputs)
+    once = stage.restore(Network(task.model), saved, context)
+    kept = Saved(load(save(dict(saved.tensors))), saved.edits)
+    twice = stage.restore(Network(task.model), kept, context)
+    assert once.form == "qdq"
+    with torch.no_grad():
+        modules = (once.module, twice.module, task.model)
+        first, second, exact = (outputs_of(module, inputs, task.outputs)["logits"] for module in modules)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, exact)
+    assert F.cosine_similarity(first, exact).min() > 0.99
+
+
+def test_the_float_network_is_left_as_it_was(quantized) -> None:
+    task, context, stage, _ = quantized
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    stage.run(Network(task.model), context)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
+
+
+def test_keep_float_is_obeyed_and_reported(quantized) -> None:
+    task, context, _, _ = quantized
+    stage = Quantize(Quantize.Config(calibration={"samples": 16, "observer": "minmax"}, keep_float=("he*",)))
+    saved = stage.run(Network(task.model), context)
+    assert "head" not in saved.edits["quantized"]
+    assert "he*" in saved.edits["skipped"]["head"]
+
+
+def test_nothing_left_to_quantize_is_an_error(quantized) -> None:
+    task, context, _, _ = quantized
+    with pytest.raises(StageError, match="nothing to quantize"):
+        Quantize(Quantize.Config(keep_float=("*",))).run(Network(task.model), context)
+
+
+def test_too_few_calibration_samples_is_an_error(quantized) -> None:
+    task, context, _, _ = quantized
+    with pytest.raises(StageError, match="has 32 samples, the recipe asks for 33") as caught:
+        Quantize(Quantize.Config(calibration={"samples": 33})).run(Network(task.model), context)
+    assert "32" in (caught.value.fix or "")
+
+
+def lowered(quantized, tmp_path, lowering: Lowering) -> ir.Model:
+    task, context, stage, saved = quantized
+    network = stage.restore(Network(task.model), saved, context)
+    write(onnx_of(network, task), tmp_path / "base.onnx")
+    shape_for(tmp_path / "base.onnx", lowering, tmp_path / "model.onnx")
+    return ir.load(tmp_path / "model.onnx")
+
+
+def test_tensorrt_form_is_symmetric_int8_with_unquantized_convolutions_into_sums(quantized, tmp_path) -> None:
+    model = lowered(quantized, tmp_path, Lowering())
+    for node in nodes(model, "QuantizeLinear", "DequantizeLinear"):
+        zero = constant(node.inputs[2])
+        assert zero is not None
+        assert zero.dtype == np.int8
+        assert not zero.any()
+    (residual,) = [node for node in nodes(model, "Add") if any(producer(v, "Conv") for v in node.inputs)]
+    assert [activation_pair(value) is None for value in residual.inputs].count(True) == 1
+    assert not nodes_of(model, "Transpose") & {"weight"}
+
+
+def nodes_of(model: ir.Model, kind: str) -> set[str]:
+    """Which nodes of a kind read a quantized weight."""
+    return {"weight" for node in nodes(model, kind) if quantized_weight(node.inputs[0]) is not None}
+
+
+def test_cpu_form_has_unsigned_activations_with_zero_at_the_bottom_after_relu(quantized, tmp_path) -> None:
+    model = lowered(quantized, tmp_path, Lowering(unsigned_activations=True, quantized_sums=True, int32_bias=True))
+    points: Counter[int] = Counter()
+    for node in nodes(model, "QuantizeLinear"):
+        zero = constant(node.inputs[2])
+        assert zero is not None
+        assert zero.dtype == np.uint8
+        rectified = producer(node.inputs[0], "Relu") is not None
+        assert int(zero) == (0 if rectified else 128)
+        points[int(zero)] += 1
+    assert points[0] >= 2
+    assert points[128] >= 3
+    (gemm,) = nodes(model, "Gemm")
+    bias = producer(gemm.inputs[2], "DequantizeLinear")
+    assert bias is not None
+    assert constant(bias.inputs[0]).dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    "lowering",
+    [Lowering(), Lowering(unsigned_activations=True), OnnxRuntime.lowering],
+    ids=["tensorrt", "openvino", "onnxruntime"],
+)
+def test_every_form_computes_what_pytorch_computes(quantized, tmp_path, lowering: Lowering) -> None:
+    task, context, stage, saved = quantized
+    lowered(quantized, tmp_path, lowering)
+    network = stage.restore(Network(task.model), saved, context)
+    batch = task.example()
+    with torch.no_grad():
+        expected = outputs_of(network.module, as_tensors(batch.inputs), task.outputs)["logits"].numpy()
+    (tmp_path / "engine").mkdir()
+    target = OnnxRuntime()
+    target.build(tmp_path / "model.onnx", tmp_path / "engine")
+    with target.runner(tmp_path / "engine", 1) as run:
+        found = run(batch.inputs)["logits"]
+    # Kernels round sums in another order than PyTorch's float emulation: a few activations land one step aside.
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+    cosine = float((found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected))
+    assert cosine > 0.999
+
+
+def test_onnxruntime_runs_every_weighted_layer_in_int8(quantized, tmp_path) -> None:
+    lowered(quantized, tmp_path, OnnxRuntime.lowering)
+    (tmp_path / "engine").mkdir()
+    coverage = OnnxRuntime().build(tmp_path / "model.onnx", tmp_path / "engine").coverage
+    assert coverage is not None
+    layers = {name.partition("/")[0] for name in coverage.int8}
+    assert layers >= {"stem", "conv", "depthwise", "mix", "head"}, coverage
+    assert set(coverage.other) <= {"up/ConvTranspose"}  # ONNX Runtime has no INT8 transposed convolution
+
+
+def test_exported_file_holds_no_trace_of_this_machine(quantized, tmp_path) -> None:
+    lowered(quantized, tmp_path, Lowering())
+    content = (tmp_path / "model.onnx").read_bytes()
+    assert b"site-packages" not in content
+    assert b".py" not in content
+
+
+def test_inputs_and_outputs_keep_names_and_a_symbolic_batch(quantized, tmp_path) -> None:
+    model = lowered(quantized, tmp_path, Lowering())
+    assert [value.name for value in model.graph.inputs] == ["image"]
+    assert [value.name for value in model.graph.outputs] == ["logits"]
+    assert [str(value.shape[0]) for value in [*model.graph.inputs, *model.graph.outputs]] == ["batch", "batch"]
