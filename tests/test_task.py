@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -238,6 +239,14 @@ def test_bad_splits(check: Check, old: str, new: str, said: str) -> None:
     assert said in outcome.err
 
 
+def test_named_dimension_keeps_one_size(check: Check) -> None:
+    named = ('("batch", 5)', '("batch", "time")')
+    assert check(*named).status == 0
+    outcome = check(*named, "size=(4, 5)", "size=(4, 5 + index // 2)")
+    assert outcome.status == 2
+    assert "words: dimension 'time' is 6, in other batches 5" in outcome.err
+
+
 def test_ids_tell_samples_apart(check: Check) -> None:
     """Different ids for equal data: the user says that these are different samples."""
     same = "rng = np.random.default_rng(0)"
@@ -337,9 +346,10 @@ def load_good() -> Task:
 
 
 def test_new_task_is_good_and_never_overwrites(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "my_task.py"
+    shutil.copy(template.with_suffix(".safetensors"), file.with_suffix(".safetensors"))  # it would train itself
     assert mmedge(monkeypatch, capsys, "task", "new", file, "--json").status == 0
     assert "THIS_FILE" not in file.read_text()
     assert str(file) in file.read_text()  # the commands in its first lines can be pasted

@@ -144,6 +144,9 @@ def profile(
             raise UsageError("--target goes with a RUN; an ARTIFACT knows its own")
         _print_engine(time_artifact(path, progress_for(quiet), **changes), as_json)
         return 0
+    from mmedge.pipeline.folder import open_run
+
+    open_run(path)  # a wrong path is said to be one, also on a device without torch
     require_workstation()
     from mmedge.pipeline.compress import compress as run
     from mmedge.pipeline.compress import job_of

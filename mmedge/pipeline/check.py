@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -90,31 +90,45 @@ def check_splits(task: Task, limit: int | None) -> dict[str, int]:
         Samples seen by split.
 
     Raises:
-        TaskError: a batch is wrong, or two splits share a sample.
+        TaskError: a batch is wrong, a named dimension changes its size, or two splits share a sample.
     """
     owner: dict[str, str] = {}
+    sizes: dict[tuple[str, str], int] = {}
     counts: dict[str, int] = {}
-    for split in ("test", "calibration", "train"):
+    order: tuple[Split, ...] = ("test", "calibration", "train")
+    for split in order:
         counts[split] = 0
-        for identity in _identities(task, split, limit):
-            counts[split] += 1
-            if owner.setdefault(identity, split) != split:
-                raise TaskError(
-                    f"{split} and {owner[identity]} share a sample ({identity[:60]})",
-                    where=f"task {task.name}: batches",
-                    fix="split the data so that no sample is in two splits, else the accuracy flatters",
-                )
+        for batch in task.stream(split):
+            _check_sizes(task, split, batch, sizes)
+            for identity in _identities(batch)[: None if limit is None else limit - counts[split]]:
+                counts[split] += 1
+                if owner.setdefault(identity, split) != split:
+                    raise TaskError(
+                        f"{split} and {owner[identity]} share a sample ({identity[:60]})",
+                        where=f"task {task.name}: batches",
+                        fix="split the data so that no sample is in two splits, else the accuracy flatters",
+                    )
+            if counts[split] == limit:
+                break
     return counts
 
 
-def _identities(task: Task, split: str, limit: int | None) -> Iterator[str]:
-    seen = 0
-    for batch in task.stream(split):  # type: ignore[arg-type]
-        for index in range(len(batch)):
-            if limit is not None and seen >= limit:
-                return
-            seen += 1
-            yield str(batch.ids[index]) if batch.ids is not None else _hash_of(batch.inputs, index)
+def _check_sizes(task: Task, split: Split, batch: Batch, sizes: dict[tuple[str, str], int]) -> None:
+    """Only the batch stays symbolic in an engine; other named dimensions are built with the size they have."""
+    for spec in task.inputs:
+        for size, name in zip(batch.inputs[spec.name].shape[1:], spec.shape[1:], strict=True):
+            if isinstance(name, str) and sizes.setdefault((spec.name, name), size) != size:
+                raise TaskError(
+                    f"{spec.name}: dimension {name!r} is {size}, in other batches {sizes[spec.name, name]}",
+                    where=f"task {task.name}: {split}",
+                    fix="pad to one size: engines are built for one",
+                )
+
+
+def _identities(batch: Batch) -> list[str]:
+    if batch.ids is not None:
+        return [str(identity) for identity in batch.ids]
+    return [_hash_of(batch.inputs, index) for index in range(len(batch))]
 
 
 def _hash_of(inputs: Mapping[str, Array], index: int) -> str:

@@ -4,6 +4,7 @@ rests on, so a rerun measures only what is new."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,15 +128,17 @@ class Measurements:
             budget_s=self.profile.budget_s,
             progress=self.line.progress,
         )
+        with ThreadPoolExecutor(processors()) as pool:  # one process each; they do not compete for memory
+            memory = list(pool.map(lambda engine: peak_memory_mib(engine, samples, threads), engines))
         found: dict[str, Any] = {}
-        for cell, engine in zip(cells, engines, strict=True):
+        for cell, engine, peak in zip(cells, engines, memory, strict=True):
             own = series[engine.id]
             parent = cell.step.parent
             found[engine.id] = {
                 "latency": Latency.of(own).as_json(),
                 "vs_baseline": vars(Speedup.of(series[cells[0].step.name], own)) if parent else None,
                 "vs_parent": Speedup.of(series[parent.name], own).value if parent else None,
-                "memory": peak_memory_mib(engine, samples, threads),
+                "memory": peak,
                 "threads": threads,
             }
         return found

@@ -23,10 +23,10 @@ class Distill(Stage):
 
         Attributes:
             student: ``current`` goes on with the network as it is at this point (after ``prune``: the pruned teacher);
-                ``task`` starts from the task's ``student()``.
+                ``task`` starts from the task's ``student()``; ``auto`` does that where the task has one.
         """
 
-        student: Literal["current", "task"] = "current"
+        student: Literal["auto", "current", "task"] = "auto"
 
     def run(self, network: Network, context: Context) -> Saved:
         """Train a copy of the student and keep its weights."""
@@ -41,9 +41,9 @@ class Distill(Stage):
         return Network(student.eval(), network.form)
 
     def _student(self, network: Network, context: Context) -> nn.Module:
-        if self.config.student == "current":
-            return copy.deepcopy(network.module)
         task = context.task
+        if self.config.student == "current" or (self.config.student == "auto" and task.student is None):
+            return copy.deepcopy(network.module)
         if task.student is None:
             raise StageError(
                 "student: task, but the task has no student()",

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -21,8 +22,10 @@ class Training(StageConfig):
     """How a student is trained.
 
     Attributes:
-        epochs: passes over ``samples``; every pass sees the same data, so that the teacher answers only once.
-        samples: how much of the training split is used; None uses all of it.
+        epochs: passes over ``samples``; every pass sees the same samples, so that the teacher answers only once.
+        samples: how much of the training split the teacher answers; None is all of it.
+        fresh: fraction of the steps that draw new training batches instead (another seed) and learn from the labels
+            alone: keeps the student from memorising ``samples`` where the task varies its data.
         learning_rate: peak of a one-cycle schedule (AdamW).
         weight_decay: decoupled weight decay.
         temperature: softens both distributions in the logit loss (Hinton et al., 2015).
@@ -37,6 +40,7 @@ class Training(StageConfig):
 
     epochs: int = Field(3, ge=1, le=10_000)
     samples: int | None = Field(None, ge=1)
+    fresh: float = Field(0.0, ge=0, le=1)
     learning_rate: float = Field(1e-3, gt=0, le=1)
     weight_decay: float = Field(0.01, ge=0, le=1)
     temperature: float = Field(2.0, gt=0)
@@ -68,28 +72,28 @@ def distil(student: nn.Module, settings: Training, context: Context, label: str)
         StageError: the loss stopped being a number, or student and teacher do not fit together.
     """
     taught = ask_teacher(settings, context)
-    total = len(taught.features)
+    lessons = Lessons(settings, context, len(taught.features))
     with reproducible(context.seed), Probe(student) as probe:
         student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         projection = _projection(student, probe, taught, context)
         parameters = [*student.parameters(), *projection.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        steps = settings.epochs * sum(1 for _ in samples_of(context.task, context.seed, total))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=max(steps, 2))
+        rate, steps = settings.learning_rate, lessons.steps
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=settings.weight_decay)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 2), pct_start=0.2)
         student.train()
         with context.progress.bar(label, steps) as bar:
-            for _ in range(settings.epochs):
-                for first, inputs, targets in samples_of(context.task, context.seed, total):
-                    with autocast(settings.precision):
-                        outputs = outputs_of(student, inputs, context.task.outputs)
-                        features = projection(probe.features())
-                    loss = _loss(settings, context.task, outputs, features, targets, taught.rows(first, len(targets)))
-                    optimizer.zero_grad()
-                    loss.backward()
-                    torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-                    optimizer.step()
-                    schedule.step()
-                    bar.advance(loss=_finite(loss, label))
+            for first, inputs, targets in lessons:
+                with autocast(settings.precision):
+                    outputs = outputs_of(student, inputs, context.task.outputs)
+                    features = projection(probe.features())
+                answers = None if first is None else taught.rows(first, len(targets))
+                loss = _loss(settings, context.task, outputs, features, targets, answers)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                bar.advance(loss=_finite(loss, label))
         student.eval()
         student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
@@ -100,9 +104,11 @@ def _loss(
     outputs: Mapping[str, Tensor],
     features: Tensor,
     targets: Tensor,
-    taught: tuple[Mapping[str, Tensor], Tensor],
+    taught: tuple[Mapping[str, Tensor], Tensor] | None,
 ) -> Tensor:
     outputs = {name: value.float() for name, value in outputs.items()}
+    if taught is None:
+        return task.loss(outputs, targets)
     answers, teacher_features = taught
     loss = settings.labels * task.loss(outputs, targets) if settings.labels else torch.zeros(())
     for name, value in outputs.items() if settings.logits else ():
@@ -157,6 +163,51 @@ def _answers(settings: Training, context: Context) -> dict[str, Tensor]:
             bar.advance(len(targets))
     context.teacher.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return {name: torch.cat(parts) for name, parts in gathered.items()}
+
+
+Lesson = tuple[int | None, dict[str, Tensor], Tensor]
+
+
+class Lessons:
+    """The batches of a training run, in order: ``(index of the first sample, inputs, targets)``.
+
+    The samples the teacher answered come in a new order in every epoch, as long as they fit in memory. The index of a
+    fresh batch is None: the teacher was not asked.
+    """
+
+    IN_MEMORY = 512 << 20  # bytes
+
+    def __init__(self, settings: Training, context: Context, samples: int) -> None:
+        self.settings, self.context, self.samples = settings, context, samples
+        batches, size = 0, 0
+        for _, inputs, _ in samples_of(context.task, context.seed, samples):
+            batches += 1
+            size += sum(tensor.nbytes for tensor in inputs.values())
+        self.shuffle = size <= self.IN_MEMORY
+        self.steps = settings.epochs * batches
+
+    def __iter__(self) -> Iterator[Lesson]:
+        rng = np.random.default_rng(self.context.seed)
+        fresh = self._fresh()
+        for _ in range(self.settings.epochs):
+            for lesson in self._epoch(rng):
+                yield next(fresh) if rng.random() < self.settings.fresh else lesson
+
+    def _epoch(self, rng: np.random.Generator) -> Iterator[Lesson]:
+        known = samples_of(self.context.task, self.context.seed, self.samples)
+        if not self.shuffle:
+            yield from known
+            return
+        batches = list(known)
+        for index in rng.permutation(len(batches)):
+            yield batches[index]
+
+    def _fresh(self) -> Iterator[Lesson]:
+        seed = self.context.seed
+        while True:
+            seed += 1
+            for _, inputs, targets in samples_of(self.context.task, seed, None):
+                yield None, inputs, targets
 
 
 def samples_of(task: Task, seed: int, limit: int | None) -> Iterator[tuple[int, dict[str, Tensor], Tensor]]:

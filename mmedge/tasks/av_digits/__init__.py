@@ -18,6 +18,7 @@ from mmedge.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 BATCH = 64
 
@@ -63,4 +64,13 @@ def task() -> Task:
         batches=batches,
         loss=loss,
         metric=Metric("accuracy", accuracy),
+        student=student,
     )
+
+
+def student() -> Module:
+    """A tenth of the teacher, untrained: narrower, one block per resolution, half as many transformer layers."""
+    from mmedge.tasks.av_digits.model import AvDigits
+
+    widths = (32, 64, 96)
+    return AvDigits(widths, widths, blocks=(1, 1, 1), dim=96, num_heads=3, depth=2, mlp_ratio=2)

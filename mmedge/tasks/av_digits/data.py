@@ -21,7 +21,7 @@ IMAGE_SIZE = 32
 IMAGE_NOISE = 1.4  # standard deviations of the clean pixels, at the 8 x 8 pixels of the original
 AUDIO_NOISE = 3.4  # standard deviations of the clean features, per mel band and frame
 SHIFT = 8  # the utterance starts up to this many frames early or late
-PAIRS = {"train": 8192, "calibration": 512, "test": 4096}
+PAIRS = {"train": 8192, "calibration": 512, "test": 4000}
 # Disjoint ranges of a fixed shuffle: images out of 1,797, voices out of 56.
 IMAGES = {"train": (0, 1200), "calibration": (1200, 1320), "test": (1320, 1797)}
 VOICES = {"train": (0, 40), "calibration": (40, 44), "test": (44, 56)}

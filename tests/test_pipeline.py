@@ -1,0 +1,266 @@
+"""The whole line on a small task: from a command to a report, again, after a kill, after damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmedge.artifact import load_artifact
+from mmedge.errors import UsageError
+from mmedge.pipeline.compress import Job, compress
+from mmedge.pipeline.folder import RunFolder, identity_of, open_run
+from mmedge.progress import Progress
+from mmedge.recipe import Recipe, load_recipe
+from mmedge.report.html import render
+from mmedge.report.model import Report
+
+RECIPE = """
+schema: 1
+task: {task}
+targets: [onnxruntime]
+stages:
+  - prune: {{width: 0.5, round_to: 8}}
+  - distill: {{epochs: 2, samples: 512}}
+  - quantize: {{calibration: {{samples: 128}}}}
+profile: {{queries: 70, health_samples: 128}}
+gates: {{max_drop: 0.05, after: {{quantize: {{max_drop_vs_parent: 0.05}}}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe_file(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(RECIPE.format(task=f"{template}:task"))
+    return path
+
+
+class Talk(Progress):
+    """Remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def job(recipe: Recipe, folder: Path, **changes) -> Job:
+    return Job(recipe, "small.yaml", changes.pop("seed", 0), folder, "mmedge compress …", **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, RunFolder]:
+    return compress(job(load_recipe(recipe_file), tmp_path_factory.mktemp("runs") / "run"), Progress())
+
+
+def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "mmedge.cli.main", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+
+
+def test_the_report_holds_every_stage_with_its_own_measurements(finished) -> None:
+    report, folder = finished
+    assert [stage.name for stage in report.stages] == ["baseline", "prune", "distill", "quantize"]
+    assert Report.load(folder.path) == report
+    baseline, prune, _, quantize = report.stages
+    assert prune.macs < 0.6 * baseline.macs
+    assert prune.parameters < baseline.parameters
+    assert quantize.parameters == prune.parameters
+    for stage in report.stages:
+        (result,) = stage.results
+        assert result.accuracy.samples == 1024
+        assert result.latency_ms.queries == 70
+        assert result.latency_ms.p50 > 0
+        assert result.latency_ms.p90 > 0
+        assert result.latency_ms.p99 is None
+        assert "662" in result.why("latency_ms.p99")
+        assert result.parity.cosine > 0.999
+        assert result.peak_memory_mib > 1
+        assert set(stage.modalities) == {"camera", "inertial"}
+    assert baseline.results[0].accuracy.drop == 0
+    (last,) = quantize.results
+    assert last.precision in ("int8", "mixed")
+    assert last.coverage.int8
+    assert last.shrink > 3
+    assert last.accuracy.value > 0.9
+    missing = baseline.modalities["inertial"].missing
+    assert missing < baseline.modalities["inertial"].clean + 1e-9
+
+
+def test_every_artifact_is_whole_and_the_engine_is_where_the_report_says(finished) -> None:
+    report, folder = finished
+    for stage in report.stages:
+        for result in stage.results:
+            engine = load_artifact(folder.path / result.artifact)
+            assert engine.manifest.kind == "engine"
+            assert engine.size_bytes() == result.size_bytes
+    found = [path for path in folder.path.rglob("*") if path.suffix in (".pkl", ".pt", ".pth")]
+    assert not found
+
+
+def test_the_page_is_written(finished) -> None:
+    report, folder = finished
+    assert folder.html.read_text(encoding="utf-8") == render(report)
+
+
+def test_again_it_resumes_and_finds_everything(finished, recipe_file) -> None:
+    report, folder = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.artifacts.rglob("*")}
+    again, _ = compress(job(load_recipe(recipe_file), folder.path), Progress())
+    assert {path: path.stat().st_mtime_ns for path in folder.artifacts.rglob("*")} == before
+    assert again.stages == report.stages
+
+
+def test_the_same_seed_gives_the_same_weights_and_accuracy(finished, recipe_file, tmp_path) -> None:
+    report, _ = finished
+    again, _ = compress(job(load_recipe(recipe_file), tmp_path / "again"), Progress())
+    for first, second in zip(report.stages, again.stages, strict=True):
+        assert first.digest == second.digest
+        assert first.results[0].accuracy == second.results[0].accuracy
+        assert first.modalities == second.modalities
+
+
+def test_a_damaged_artifact_is_noticed_set_aside_and_made_again(finished, recipe_file) -> None:
+    report, folder = finished
+    engine = folder.path / report.stages[-1].results[0].artifact
+    weights = next(folder.artifacts.glob("distill-*/weights.safetensors"))
+    for path in (engine / "model.onnx", weights):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content)
+    talk = Talk()
+    again, _ = compress(job(load_recipe(recipe_file), folder.path), talk)
+    assert sum("does not match its digest" in line for line in talk.said) == 2
+    assert [stage.digest for stage in again.stages] == [stage.digest for stage in report.stages]
+    assert len(list(folder.artifacts.glob(".damaged-*"))) == 2
+    load_artifact(engine)
+
+
+def test_a_target_can_be_added_later_and_costs_no_training(finished) -> None:
+    report, folder = finished
+    result = command("build", str(folder.path), "--target", "openvino", "--json", "-q")
+    assert result.returncode == 0, result.stderr
+    wider = Report.model_validate_json(result.stdout)
+    assert wider.targets == ["onnxruntime", "openvino"]
+    assert [stage.digest for stage in wider.stages] == [stage.digest for stage in report.stages]
+    assert wider.rows("openvino")[-1][1].accuracy.value > 0.9
+
+
+def test_profile_measures_again_and_keeps_the_old_timing(finished) -> None:
+    _, folder = finished
+    before = len(list(folder.artifacts.glob("timing-onnxruntime-*")))
+    result = command("profile", str(folder.path), "--queries", "70", "-q", "--json")
+    assert result.returncode == 0, result.stderr
+    assert len(list(folder.artifacts.glob("timing-onnxruntime-*"))) == before
+    assert list(folder.artifacts.glob(".replaced-timing-onnxruntime-*"))
+
+
+def test_one_engine_can_be_profiled_alone(finished) -> None:
+    report, folder = finished
+    engine = folder.path / report.stages[-1].results[0].artifact
+    result = command("profile", str(engine), "--queries", "64", "--json", "-q")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["latency_ms"]["p50"] > 0
+    assert found["latency_ms"]["p99"] is None
+    weights = next(folder.artifacts.glob("distill-*/weights.safetensors")).parent
+    wrong = command("profile", str(weights))
+    assert wrong.returncode == 2
+    assert "not an engine" in wrong.stderr
+
+
+def test_another_runs_folder_is_refused_and_left_alone(finished, recipe_file) -> None:
+    _, folder = finished
+    before = folder.report.read_bytes()
+    with pytest.raises(UsageError, match=r"belongs to another run .*seed") as caught:
+        compress(job(load_recipe(recipe_file), folder.path, seed=1), Progress())
+    assert "--output" in (caught.value.fix or "")
+    assert folder.report.read_bytes() == before
+
+
+def test_a_folder_with_other_things_is_refused(recipe_file, tmp_path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"not empty and no run's: thesis\.txt"):
+        compress(job(load_recipe(recipe_file), tmp_path), Progress())
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["thesis.txt"]
+
+
+def test_fresh_keeps_the_old_run_aside(finished, recipe_file, tmp_path) -> None:
+    recipe = load_recipe(recipe_file)
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked():
+        folder.claim(identity_of(recipe, 5))
+    aside = folder.set_aside()
+    assert aside is not None
+    assert open_run(aside)[1]["seed"] == 5
+    assert not folder.path.exists()
+
+
+def test_two_at_once_are_kept_apart(tmp_path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked(), pytest.raises(UsageError, match="another mmedge is working"), RunFolder(folder.path).locked():
+        pass
+
+
+def test_a_failed_gate_ends_with_status_3_and_a_whole_report(recipe_file, tmp_path) -> None:
+    folder = tmp_path / "run"
+    arguments = ["--recipe", str(recipe_file), "--output", str(folder), "-q"]
+    strict = ["--set", "gates.max_drop=-1", "--set", "stages.distill.epochs=1", "--set", "gates.after={}"]
+    result = command("compress", *arguments, *strict)
+    assert result.returncode == 3, result.stderr
+    report = Report.load(folder)
+    assert report.verdict == "fail"
+    assert [stage.name for stage in report.stages] == ["baseline", "prune", "distill", "quantize"]
+    assert report.gates[0].verdict == "fail"
+    assert command("report", str(folder)).returncode == 3
+
+
+def test_a_gate_that_fails_after_a_stage_stops_the_line(recipe_file, tmp_path) -> None:
+    changes = ["gates.after={prune: {max_drop: -1}}"]
+    report, _ = compress(job(load_recipe(recipe_file, changes=changes), tmp_path / "run"), Progress())
+    assert [stage.name for stage in report.stages] == ["baseline", "prune"]
+    assert report.verdict == "fail"
+    assert report.stages[-1].results[0].latency_ms is not None
+    assert any("did not reach" in gate.reason for gate in report.gates)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read() if process.stderr else "ended"
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("moment", ["making", "after prune"])
+def test_killed_at_any_moment_it_goes_on_and_ends_the_same(finished, recipe_file, tmp_path, moment) -> None:
+    report, _ = finished
+    folder = tmp_path / "run"
+    line = [sys.executable, "-m", "mmedge.cli.main", "compress", "--recipe", str(recipe_file), "--output", str(folder)]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        pattern = {"making": "artifacts/.making-*", "after prune": "artifacts/prune-onnx-*/manifest.json"}[moment]
+        wait_for(lambda: list(folder.glob(pattern)), process)
+        process.kill()
+    assert not (folder / "report.json").exists()
+    again, _ = compress(job(load_recipe(recipe_file), folder), Progress())
+    assert [stage.digest for stage in again.stages] == [stage.digest for stage in report.stages]
+    assert not list((folder / "artifacts").glob(".making-*"))
+
+
+def test_interrupted_it_says_how_to_go_on(recipe_file, tmp_path) -> None:
+    folder = tmp_path / "run"
+    line = [sys.executable, "-m", "mmedge.cli.main", "compress", "--recipe", str(recipe_file), "--output", str(folder)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: list(folder.glob("artifacts/baseline-*/manifest.json")), process)
+        os.kill(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--output {folder}" in said
+    assert "Traceback" not in said
