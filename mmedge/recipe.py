@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from mmedge import plugins
 from mmedge.errors import RecipeError, UsageError, unknown
-from mmedge.report.gates import GatesConfig, stage_names
+from mmedge.report.gates import GatesConfig, modality_names, stage_names
 
 FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # wheel, editable install
 
@@ -168,6 +168,24 @@ def plan(recipe: Recipe, where: str) -> tuple[PlannedStage, ...]:
             problem, fix = unknown("stage", name, names)
             raise RecipeError(problem, where=f"{where}: gates.after", fix=fix)
     return tuple(planned)
+
+
+def resolved(recipe: Recipe, planned: Sequence[PlannedStage]) -> Recipe:
+    """The recipe with every default of its stages written out."""
+    stages = tuple({stage.kind: stage.stage.config.model_dump(mode="json")} for stage in planned)
+    return recipe.model_copy(update={"stages": stages})
+
+
+def check_modalities(recipe: Recipe, modalities: Sequence[str], where: str) -> None:
+    """Gates may only name modalities that the task has.
+
+    Raises:
+        RecipeError: with a suggestion.
+    """
+    for name in modality_names(recipe.gates):
+        if name not in modalities:
+            problem, fix = unknown("modality", name, modalities)
+            raise RecipeError(problem, where=f"{where}: gates.max_modality_drop", fix=fix)
 
 
 def _validated(model: type[BaseModel], raw: Mapping[str, Any]) -> Any:

@@ -22,7 +22,7 @@ class TensorSpec:
     Attributes:
         name: the name in the exported graph, in reports and in the engine.
         dtype: one of ``DTYPES``.
-        shape: sizes; a string names a dimension that may change. The first is always ``"batch"``.
+        shape: sizes; a string names a dimension. The first is always ``"batch"``, the only one that may change.
         modality: the sensor or source it belongs to (``image``, ``audio``, ``lidar`` …); several inputs may share one.
         fill: the value that stands for "this modality is missing".
     """

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from mmedge.errors import MmedgeError, TaskError
+from mmedge.errors import MmedgeError, TargetError, TaskError
 from mmedge.stages.base import Network, as_tensors, outputs_of
 from mmedge.task import SPLITS, Batch, Split, Task
 from mmedge.tensors import DTYPES, Array
@@ -165,7 +165,7 @@ def check_export(task: Task) -> None:
 
     Raises:
         StageError: it cannot be exported.
-        TaskError: the exported model answers differently.
+        TaskError: the exported model does not run, or answers differently.
     """
     import tempfile
     from pathlib import Path
@@ -181,11 +181,13 @@ def check_export(task: Task) -> None:
         model, engine = Path(name) / "exported.onnx", Path(name) / "engine"
         engine.mkdir()
         write(onnx_of(Network(task.model.eval()), task), model)
-        target.build(model, engine)
-        with target.runner(engine, 1) as run:
-            answers = run(batch.inputs)
-    reference = {key: value.numpy() for key, value in _forward(task, batch).items()}
-    found = parity(reference, answers)
+        reference = {key: value.numpy() for key, value in _forward(task, batch).items()}
+        try:
+            target.build(model, engine)
+            with target.runner(engine, 1) as run:
+                found = parity(reference, run(batch.inputs))
+        except TargetError as err:  # the runtime is fine: it is this model that it cannot take
+            raise TaskError(f"the exported model does not run: {err.problem}", where=err.where, fix=err.fix) from err
     if found["cosine"] < 0.999:
         raise TaskError(
             f"the exported model answers differently: cosine {found['cosine']:.4f}, largest gap {found['max_abs']:.3g}",

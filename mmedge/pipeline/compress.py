@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from mmedge.pipeline.folder import RunFolder, default_folder, identity_of, open_
 from mmedge.pipeline.line import Line, Step
 from mmedge.pipeline.measure import Measurements
 from mmedge.progress import Progress
-from mmedge.recipe import PlannedStage, Recipe, load_recipe, plan
+from mmedge.recipe import PlannedStage, Recipe, check_modalities, load_recipe, plan, resolved
 from mmedge.report.gates import evaluate, evaluate_after, verdict
 from mmedge.report.html import write_html
 from mmedge.report.model import Gate, Input, MetricInfo, Report, TaskInfo
@@ -58,10 +58,12 @@ def compress(job: Job, progress: Progress) -> tuple[Report, RunFolder]:
         MmedgeError: with the exit status of its kind. What was finished before is kept.
     """
     planned = plan(job.recipe, job.place)
+    job = replace(job, recipe=resolved(job.recipe, planned))
     targets = usable_targets(job.recipe.targets)
     torch.set_num_threads(processors())
     task = load_task(job.recipe.task, plugins.loaders("task"))
     task.model.eval().requires_grad_(False)
+    check_modalities(job.recipe, task.modalities, job.place)
     folder = RunFolder(job.folder or default_folder(job.recipe, job.seed))
     if job.fresh and (aside := folder.set_aside()):
         progress.say(f"the run that was there is now {aside}")

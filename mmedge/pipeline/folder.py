@@ -70,7 +70,8 @@ class RunFolder:
                     fix="choose another --output, or --fresh to keep the old run aside and start anew",
                 )
             return
-        strangers = [entry.name for entry in self.path.iterdir() if entry.name != ".lock"]
+        ours = (".lock", f".{RUN}.partial")  # all that a process killed right here can have left
+        strangers = [entry.name for entry in self.path.iterdir() if entry.name not in ours]
         if strangers:
             raise UsageError(
                 f"the folder is not empty and no run's: {', '.join(sorted(strangers)[:3])}",

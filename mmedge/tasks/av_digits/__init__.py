@@ -29,7 +29,7 @@ def batches(split: Split, seed: int) -> Iterator[Batch]:
     rng = np.random.default_rng([1, seed] if split == "train" else [2, len(split)])
     for first in range(0, data.PAIRS[split], BATCH):
         image, speech = data.draw(pairs, min(BATCH, data.PAIRS[split] - first), rng)
-        images, features = data.add_noise(pairs.images[image], pairs.speech[speech], rng)
+        images, features = data.add_noise(pairs.images[image], pairs.speech[speech], data.NOISE, rng)
         ids = [f"image {pairs.image_ids[i]}, voice {pairs.speech_ids[s]}" for i, s in zip(image, speech, strict=True)]
         yield Batch({"image": images, "audio": features}, pairs.image_labels[image], ids)
 

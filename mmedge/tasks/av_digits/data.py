@@ -18,13 +18,26 @@ from numpy.typing import NDArray
 from mmedge.tasks.av_digits.make_speech import FRAMES, MELS
 
 IMAGE_SIZE = 32
-IMAGE_NOISE = 1.4  # standard deviations of the clean pixels, at the 8 x 8 pixels of the original
-AUDIO_NOISE = 3.4  # standard deviations of the clean features, per mel band and frame
 SHIFT = 8  # the utterance starts up to this many frames early or late
 PAIRS = {"train": 8192, "calibration": 512, "test": 4000}
 # Disjoint ranges of a fixed shuffle: images out of 1,797, voices out of 56.
 IMAGES = {"train": (0, 1200), "calibration": (1200, 1320), "test": (1320, 1797)}
 VOICES = {"train": (0, 40), "calibration": (40, 44), "test": (44, 56)}
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Gaussian noise, in standard deviations of the clean data.
+
+    image: of the pixels, at the 8 x 8 pixels of the original. audio: of the features, per mel band and frame.
+    """
+
+    image: float
+    audio: float
+
+
+NOISE = Noise(image=1.1, audio=3.0)  # of all three splits
+HARDER_NOISE = Noise(image=1.4, audio=3.4)  # what the teacher was trained on, to make it robust
 
 
 @dataclass(frozen=True)
@@ -79,14 +92,14 @@ def draw(pairs: Pairs, count: int, rng: np.random.Generator) -> tuple[NDArray[np
 
 
 def add_noise(
-    images: NDArray[np.float32], speech: NDArray[np.float32], rng: np.random.Generator
+    images: NDArray[np.float32], speech: NDArray[np.float32], noise: Noise, rng: np.random.Generator
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Noisy network inputs: images ``(n, 1, 32, 32)`` and features ``(n, 1, 40, 64)``, float32."""
-    images = images + IMAGE_NOISE * rng.standard_normal(images.shape, dtype=np.float32)
+    images = images + np.float32(noise.image) * rng.standard_normal(images.shape, dtype=np.float32)
     scale = IMAGE_SIZE // images.shape[-1]
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     shifts = rng.integers(-SHIFT, SHIFT + 1, size=len(speech))
     columns = (np.arange(FRAMES)[None] + shifts[:, None]).clip(0, FRAMES - 1)
     speech = np.take_along_axis(speech, np.broadcast_to(columns[:, None], (len(speech), MELS, FRAMES)), axis=2)
-    speech = speech + AUDIO_NOISE * rng.standard_normal(speech.shape, dtype=np.float32)
+    speech = speech + np.float32(noise.audio) * rng.standard_normal(speech.shape, dtype=np.float32)
     return images[:, None], speech[:, None]
