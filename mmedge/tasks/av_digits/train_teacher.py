@@ -1,8 +1,9 @@
 """Train the teacher of ``av_digits`` and write ``teacher.safetensors``.
 
 Run ``python -m mmedge.tasks.av_digits.train_teacher``: about an hour on two cores with AVX512-BF16. Pairs and noise
-are drawn afresh for every batch, the noise stronger than the task's; one modality is blanked in a tenth of the samples each, so that the teacher
-keeps an answer when a sensor fails. Weights are kept in float16 to halve the file and run in float32.
+are drawn afresh for every batch, the noise stronger than the task's; one modality is blanked in a tenth of the
+samples each, so that the teacher keeps an answer when a sensor fails. Weights are kept in float16 to halve the file
+and run in float32.
 """
 
 from __future__ import annotations
