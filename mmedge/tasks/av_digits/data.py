@@ -36,7 +36,7 @@ class Noise:
     audio: float
 
 
-NOISE = Noise(image=1.1, audio=3.0)  # of all three splits
+NOISE = Noise(image=0.9, audio=3.0)  # of all three splits
 HARDER_NOISE = Noise(image=1.4, audio=3.4)  # what the teacher was trained on, to make it robust
 
 
