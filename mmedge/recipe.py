@@ -40,6 +40,27 @@ class ProfileConfig(BaseModel):
     parity_samples: int = Field(64, ge=1)
 
 
+class TwinConfig(BaseModel):
+    """When INT8 is worth it: ``twin:`` of a recipe.
+
+    Every INT8 engine is compared with its fastest higher-precision twin on the same runtime. Below ``min_speedup`` or
+    beyond ``max_drop`` groups of layers go back to floating point; if nothing helps, the twin is shipped.
+
+    Attributes:
+        min_speedup: times faster than the twin.
+        max_drop: accuracy lost against the float network before, in the metric's unit (0.003 is 0.3 points).
+        queries: of the quick comparison; the report's figures come from the longer one.
+        budget_s: seconds for one quick comparison.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min_speedup: float = Field(1.02, ge=0)
+    max_drop: float = Field(0.003, ge=0)
+    queries: int = Field(200, ge=1)
+    budget_s: float = Field(20, gt=0)
+
+
 def _one_name(entry: Any) -> Any:
     """``quantize``, ``{quantize: null}`` and ``{quantize: {}}`` mean the same."""
     entry = {entry: {}} if isinstance(entry, str) else entry
@@ -59,6 +80,7 @@ class Recipe(BaseModel):
     task: str
     targets: tuple[str, ...] = Field(min_length=1)
     stages: tuple[Annotated[dict[str, dict[str, Any]], BeforeValidator(_one_name)], ...] = ()
+    twin: TwinConfig = TwinConfig()
     profile: ProfileConfig = ProfileConfig()
     gates: GatesConfig = GatesConfig()
 

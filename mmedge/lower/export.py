@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
 from mmedge.errors import StageError
+from mmedge.lower.attention import attention
+from mmedge.lower.shape import save
 from mmedge.stages.base import Network
 from mmedge.stages.trace import layer_name, program_of, quiet
 from mmedge.task import Task
@@ -47,6 +49,7 @@ def onnx_of(network: Network, task: Task) -> ir.Model:
                 opset_version=OPSET,
                 input_names=names,
                 output_names=list(task.outputs),
+                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: attention},
                 verbose=False,
             )
     except Exception as err:
@@ -116,6 +119,6 @@ def _module_path(node: ir.Node) -> str:
     return module.removeprefix("module.").removeprefix("module") or "model"
 
 
-def write(model: Any, path: Any) -> None:
-    """Save a model as one ONNX file."""
-    ir.save(model, path)
+def write(model: ir.Model, path: Path) -> None:
+    """Save a model: see ``mmedge.lower.shape.save``."""
+    save(model, path)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from mmedge.tensors import Array
+
+WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+MOVING = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Slice"})
+POOLING = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool"})
 
 
 def producer(value: ir.Value | None, *kinds: str) -> ir.Node | None:
@@ -76,6 +80,88 @@ def _transpose_weight(model: ir.Model, dequantize: ir.Node, permutation: list[in
     folded = add_constant(model, f"{source.name}.T", weight.transpose(permutation).copy())
     dequantize.replace_input_with(0, folded)
     dequantize.attributes["axis"] = ir.AttrInt64("axis", permutation.index(axis))
+
+
+def release(model: ir.Model, layers: Collection[str], weights: Mapping[str, Array]) -> None:
+    """Take layers back to floating point: their float weights, and their input as it was before it was quantized.
+
+    Args:
+        model: a Q/DQ graph whose weights still lie as PyTorch lays them out.
+        layers: module paths.
+        weights: float weights by module path.
+    """
+    for node in nodes(model, *WEIGHTED):
+        layer = (node.name or "").rsplit("/", 1)[0]
+        dequantize = quantized_weight(_behind_transpose(node.inputs[1]))
+        if layer not in layers or dequantize is None:
+            continue
+        if pair := activation_pair(node.inputs[0]):
+            node.replace_input_with(0, pair[0].inputs[0])
+        dequantize.outputs[0].replace_all_uses_with(add_constant(model, f"{layer}.float", weights[layer]))
+    _fold_float_transposes(model)
+
+
+def _fold_float_transposes(model: ir.Model) -> None:
+    for node in nodes(model, "Transpose"):
+        array = constant(node.inputs[0])
+        if array is not None and node.inputs[0] is not None:
+            folded = array.transpose(node.attributes["perm"].as_ints()).copy()
+            node.outputs[0].replace_all_uses_with(add_constant(model, f"{node.inputs[0].name}.T", folded))
+            model.graph.remove(node, safe=True)
+
+
+def drop_idle_pairs(model: ir.Model, keep_convolutions: bool) -> None:
+    """Take away pairs of activations that no INT8 operator reads: they would only round.
+
+    ONNX Runtime alone needs them behind INT8 convolutions (``keep_convolutions``). OpenVINO 2026.4 gives wrong values
+    for one before a reshape (it adds the first channel's bias to all channels), TensorRT an extra round trip.
+    """
+    for quantize in reversed(list(nodes(model, "QuantizeLinear"))):
+        source, pairs = quantize.inputs[0], [use.node for use in quantize.outputs[0].uses()]
+        if source is None or constant(source) is not None:
+            continue
+        if any(node.op_type != "DequantizeLinear" or _feeds_int8(node) for node in pairs):
+            continue
+        if keep_convolutions and _ends_int8_convolution(source):
+            continue
+        for dequantize in pairs:
+            dequantize.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
+
+
+def _ends_int8_convolution(value: ir.Value) -> bool:
+    relu = producer(value, "Relu")
+    convolution = producer(relu.inputs[0] if relu else value, "Conv")
+    return convolution is not None and quantized_weight(convolution.inputs[1]) is not None
+
+
+def _feeds_int8(dequantize: ir.Node) -> bool:
+    """Whether an operator that can run in INT8 reads the tensor, directly or moved but not changed."""
+    readers = [use.node for use in dequantize.outputs[0].uses()]
+    while readers:
+        node = readers.pop()
+        if node.op_type in MOVING:
+            readers += [use.node for use in node.outputs[0].uses()]
+        elif node.op_type in POOLING or _is_residual(node) or _has_int8_weight(node):
+            return True
+    return False
+
+
+def _has_int8_weight(node: ir.Node) -> bool:
+    return len(node.inputs) > 1 and quantized_weight(_behind_transpose(node.inputs[1])) is not None
+
+
+def _behind_transpose(value: ir.Value | None) -> ir.Value | None:
+    transpose = producer(value, "Transpose")
+    return transpose.inputs[0] if transpose is not None else value
+
+
+def _is_residual(add: ir.Node) -> bool:
+    """Whether a node is a sum of a quantized skip connection and a convolution, which one kernel computes in INT8."""
+    if add.op_type != "Add":
+        return False
+    pairs = [activation_pair(value) for value in add.inputs]
+    sources = [pair[0].inputs[0] if pair else value for pair, value in zip(pairs, add.inputs, strict=True)]
+    return any(pairs) and any(producer(source, "Conv", "ConvTranspose") is not None for source in sources)
 
 
 def keep_sums_unquantized(model: ir.Model) -> None:

@@ -2,25 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
 
 from mmedge.lower import passes
+from mmedge.lower.half import to_float16
+from mmedge.lower.onnxruntime_ops import integer_products
 from mmedge.targets.base import Lowering
+from mmedge.tensors import Array
 
-VERSION = 1  # raise it when a pass changes: cached engines expire
+INLINE_LIMIT = 1_500_000_000  # bytes; a protobuf message ends at 2 GiB
+LARGE_TENSOR = 1 << 16  # bytes; smaller ones, all scales among them, stay in the graph
+VERSION = 2  # raise it when a pass changes: cached engines expire
 
 
-def shape_for(model: Path, lowering: Lowering, path: Path) -> None:
-    """Write the graph in ``model`` to ``path`` in the form ``lowering`` asks for; a float graph stays as it is."""
+@dataclass(frozen=True)
+class Release:
+    """INT8 layers that go back to floating point.
+
+    Attributes:
+        layers: their module paths.
+        weights: float weights by module path, as PyTorch lays them out.
+    """
+
+    layers: Collection[str] = ()
+    weights: Mapping[str, Array] = field(default_factory=dict)
+
+
+def shape_for(
+    model: Path, lowering: Lowering, path: Path, release: Release | None = None, islands: Collection[str] = ()
+) -> None:
+    """Write the graph in ``model`` to ``path`` in the form ``lowering`` asks for; a float graph stays as it is.
+
+    Args:
+        model: the portable ONNX file.
+        lowering: the target's form.
+        path: where to write.
+        release: layers that this engine keeps in floating point.
+        islands: module paths that stay float32 where ``lowering`` makes the rest float16.
+    """
     graph = ir.load(model)
+    if release is not None:
+        passes.release(graph, release.layers, release.weights)
     passes.fold_weight_transposes(graph)
-    if not lowering.quantized_sums:
+    if not lowering.quantized_outputs:
         passes.keep_sums_unquantized(graph)
+    passes.drop_idle_pairs(graph, keep_convolutions=lowering.quantized_outputs)
     if lowering.int32_bias:
         passes.int32_bias_of_gemm(graph)
     if lowering.unsigned_activations:
         passes.unsigned_activations(graph)
+    if lowering.microsoft_operators:
+        integer_products(graph)
     passes.remove_unused(graph)
-    ir.save(graph, path)
+    if lowering.float_type == "float16":
+        graph = to_float16(graph, islands)
+    save(graph, path)
+
+
+def save(model: ir.Model, path: Path, inline_limit: int = INLINE_LIMIT) -> None:
+    """Save ``model`` as one file, or with its large weights in ``model.onnx.data`` beside ``model.onnx``.
+
+    Weights are written one by one: those mapped from another file, or converted lazily, are never all in memory.
+
+    Args:
+        model: may hold weights that are mapped from the files it was loaded from; not those of ``path``.
+        path: of the ``.onnx`` file.
+        inline_limit: bytes of weights that one file may hold.
+    """
+    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    if sum(tensor.nbytes for tensor in weights) > inline_limit:
+        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=LARGE_TENSOR)
+    else:
+        ir.external_data.load_to_model(model)  # else it would go on pointing at the file it was loaded from
+        ir.save(model, path)

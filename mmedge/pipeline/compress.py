@@ -15,6 +15,7 @@ from mmedge.artifact import Store
 from mmedge.pipeline.check import check_model, check_splits, digest_of_task
 from mmedge.pipeline.environment import environment
 from mmedge.pipeline.folder import RunFolder, default_folder, identity_of, open_run, processors
+from mmedge.pipeline.judge import Judge
 from mmedge.pipeline.line import Line, Step
 from mmedge.pipeline.measure import Measurements
 from mmedge.progress import Progress
@@ -127,8 +128,10 @@ class _Run:
         store = Store(folder.artifacts, job.command, progress.say)
         digest = digest_of_task(task)
         store.values("check", {"task": digest, "samples": QUICK_CHECK}, lambda: check_splits(task, QUICK_CHECK))
-        self.line = Line(task, digest, store, job.seed, progress)
-        self.measured = Measurements(self.line, job.recipe.profile)
+        runnable = [target for target, _ in targets if target.cannot_run() is None and target.lowering.format == "onnx"]
+        judge = Judge(task, runnable[0], job.recipe.profile.threads, progress) if runnable else None
+        self.line = Line(task, digest, store, job.seed, progress, judge)
+        self.measured = Measurements(self.line, job.recipe.profile, job.recipe.twin)
         self.environment = environment()
         self.steps: list[Step] = []
 

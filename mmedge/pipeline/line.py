@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,16 @@ from mmedge.artifact import Artifact, Store
 from mmedge.errors import ArtifactError
 from mmedge.lower import shape
 from mmedge.lower.export import OPSET, archive_of, onnx_of, write
+from mmedge.pipeline.judge import Judge
 from mmedge.progress import Progress
 from mmedge.recipe import PlannedStage
 from mmedge.stages.base import Context, Network, Saved, as_tensors, outputs_of
 from mmedge.targets.base import Coverage, Target
 from mmedge.task import Task
+from mmedge.tensors import Array
 
 BASELINE = "baseline"
+PROBED_SAMPLES = 32  # on which activations are compared with what float16 can hold
 
 
 @dataclass
@@ -44,7 +47,6 @@ class Step:
     line: Line
     parent: Step | None = None
     planned: PlannedStage | None = None
-    engines: dict[str, Artifact] = field(default_factory=dict)
 
     @cached_property
     def network(self) -> Network:
@@ -61,6 +63,37 @@ class Step:
         """``float`` or ``qdq``."""
         return str(self.artifact.about["form"])
 
+    def float_ancestor(self) -> Step:
+        """The latest network before this one, or this one, that is in floating point."""
+        step = self
+        while step.form != "float" and step.parent is not None:
+            step = step.parent
+        return step
+
+    @property
+    def half(self) -> tuple[str, ...] | None:
+        """Of a network that is to run in float16, the modules that stay float32."""
+        found = self.artifact.about["edits"].get("float16_islands")
+        return None if found is None else tuple(found)
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """INT8 layers of a Q/DQ network by the group in which they may go back to floating point."""
+        return dict(self._quantization.get("groups") or {"all": list(self._quantization.get("quantized", ()))})
+
+    @property
+    def damage(self) -> dict[str, float]:
+        """By how much the outputs change when one group alone is rounded: see the ``quantize`` stage."""
+        return dict(self._quantization.get("sensitivity", {}))
+
+    @property
+    def _quantization(self) -> dict[str, Any]:
+        """What the ``quantize`` stage noted, also of a step that was trained after it."""
+        step: Step | None = self
+        while step is not None and "quantized" not in step.artifact.about["edits"]:
+            step = step.parent
+        return step.artifact.about["edits"] if step is not None else {}
+
 
 @dataclass
 class Line:
@@ -71,11 +104,12 @@ class Line:
     store: Store
     seed: int
     progress: Progress
+    judge: Judge | None = None  # None where no target of the run can run engines here
 
     @cached_property
     def context(self) -> Context:
         """What stages may use."""
-        return Context(self.task, self.task.model, self.seed, self.progress, self._remember)
+        return Context(self.task, self.task.model, self.seed, self.progress, self._remember, self.judge)
 
     def _remember(
         self, name: str, inputs: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
@@ -141,11 +175,25 @@ class Line:
 
         return self.store.make("onnx", f"{step.name}-{form}", inputs, fill, step.artifact)
 
-    def engine(self, step: Step, target: Target, versions: Mapping[str, str]) -> Artifact:
-        """The step's engine for a target: found, or lowered and built now."""
+    def engine(
+        self, step: Step, target: Target, versions: Mapping[str, str], released: tuple[str, ...] = ()
+    ) -> Artifact:
+        """The step's engine for a target: found, or lowered and built now.
+
+        Args:
+            step: which network.
+            target: in the form that is wanted.
+            versions: of what builds it.
+            released: INT8 layers that this engine keeps in floating point.
+        """
         lowering = target.lowering
         portable = self.portable(step, lowering.format)
+        if step.half is not None:
+            lowering = replace(lowering, float_type="float16")
+        islands = self.islands(step) if lowering.float_type == "float16" else ()
         inputs = {
+            "released": sorted(released),
+            "islands": list(islands),
             "model": portable.digest,
             "target": target.name,
             "target_version": target.version,
@@ -162,7 +210,8 @@ class Line:
                 if lowering.format == "pt2":
                     shutil.copy(portable.file("model.pt2"), lowered)
                 else:
-                    shape.shape_for(portable.file("model.onnx"), lowering, lowered)
+                    release = shape.Release(released, float_weights(step.network)) if released else None
+                    shape.shape_for(portable.file("model.onnx"), lowering, lowered, release, islands)
                 write_names(source / "io.json", portable.about)
                 build = target.build(lowered, folder)
             finally:
@@ -170,9 +219,23 @@ class Line:
             about = {"target": target.name, "inputs": portable.about["inputs"], "outputs": portable.about["outputs"]}
             return {**about, "facts": dict(build.facts), "coverage": coverage_json(build.coverage)}
 
-        artifact = self.store.make("engine", f"{step.name}-{target.name}", inputs, fill, portable)
-        step.engines[target.name] = artifact
-        return artifact
+        name = f"{step.name}-{target.name}" + ("-part" if released else "")
+        return self.store.make("engine", name, inputs, fill, portable)
+
+    def islands(self, step: Step) -> tuple[str, ...]:
+        """Modules whose values float16 cannot hold, found on calibration data."""
+        if step.half is not None:
+            return step.half
+        from mmedge.stages.overflow import islands, magnitudes
+
+        source = step.float_ancestor()
+        inputs = {"torch": source.artifact.digest, "task": self.task_digest, "samples": PROBED_SAMPLES}
+
+        def probe() -> dict[str, Any]:
+            found = magnitudes(source.network.module, self.task, PROBED_SAMPLES, self.progress)
+            return {"islands": list(islands(found))}
+
+        return tuple(self.store.values(f"{source.name}-float16-range", inputs, probe)["islands"])
 
     def reference(self, step: Step, samples: int) -> dict[str, Any]:
         """PyTorch's own answers of the step's network to the first test samples, for parity."""
@@ -188,6 +251,16 @@ class Line:
                 if seen >= samples:
                     break
         return {name: torch.cat(values).numpy() for name, values in parts.items()}
+
+
+def float_weights(network: Network) -> dict[str, Array]:
+    """The weights of a Q/DQ network's INT8 layers before they were rounded, by module path."""
+    from mmedge.stages.quantization.prepared import layers_of, tensor_at
+
+    prepared = network.prepared
+    if prepared is None:
+        return {}
+    return {layer.name: tensor_at(prepared, layer.weight_path).detach().numpy() for layer in layers_of(prepared)}
 
 
 def coverage_json(coverage: Coverage | None) -> dict[str, Any] | None:

@@ -12,11 +12,12 @@ from mmedge.artifact import Artifact
 from mmedge.pipeline.environment import cpu_name
 from mmedge.pipeline.folder import processors
 from mmedge.pipeline.line import Line, Step
+from mmedge.pipeline.twin import Engine, Settled, TwinRule
 from mmedge.profile.accuracy import Accuracy, modality_health, parity, run_split
 from mmedge.profile.latency import EngineRef, interleaved, peak_memory_mib
 from mmedge.profile.statistics import Latency, Speedup
-from mmedge.recipe import ProfileConfig
-from mmedge.report.model import Modality, Precision, Result, Stage
+from mmedge.recipe import ProfileConfig, TwinConfig
+from mmedge.report.model import Modality, Outlier, Precision, Quantization, Result, Stage, Trial
 from mmedge.targets.base import Target
 from mmedge.tensors import Array
 
@@ -37,6 +38,7 @@ class Measured:
     accuracy: dict[str, Any] | None = None
     timing: dict[str, Any] | None = None
     why_not: str | None = None  # why the engine cannot run here
+    settled: Settled | None = None  # of a Q/DQ network: what is shipped, and its twin
 
 
 @dataclass
@@ -45,30 +47,48 @@ class Measurements:
 
     line: Line
     profile: ProfileConfig
+    twin: TwinConfig
     cells: dict[tuple[str, str], Measured] = field(default_factory=dict)
     health: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, step: Step, target: Target, versions: Mapping[str, str]) -> Measured:
-        """Build the engine of a step for a target and measure its accuracy and parity where it can run."""
-        engine = self.line.engine(step, target, versions)
-        cell = Measured(step, target, engine, versions, why_not=target.cannot_run())
+        """Build the engine of a step for a target and measure its accuracy and parity where it can run.
+
+        Of a Q/DQ network the engine is the one that the twin rule ships.
+        """
+        settled = self._rule().settle(step, target, versions) if step.form == "qdq" else None
+        engine = settled.engine.artifact if settled else self.line.engine(step, target, versions)
+        cell = Measured(step, target, engine, versions, why_not=target.cannot_run(), settled=settled)
         self.cells[step.name, target.name] = cell
         if cell.why_not is None:
-            inputs = {"engine": engine.digest, "task": self.line.task_digest, "evaluator": VERSION}
-            inputs |= {"parity_samples": self.profile.parity_samples}
-            name = f"{step.name}-{target.name}-accuracy"
-            cell.accuracy = self.line.store.values(name, inputs, lambda: self._accuracy(cell))
+            cell.accuracy = self._accuracy(step, Engine(engine, target))
             if step.name not in self.health:
                 self.health[step.name] = self._health(cell)
         return cell
 
-    def _accuracy(self, cell: Measured) -> dict[str, Any]:
-        label = f"{cell.step.name} on {cell.target.name}: accuracy"
-        with cell.target.runner(cell.engine.path, processors()) as run:
+    def _rule(self) -> TwinRule:
+        return TwinRule(
+            self.line,
+            self.twin,
+            self.profile.threads,
+            self._samples(),
+            lambda step, engine: float(self._accuracy(step, engine)["value"]),
+        )
+
+    def _accuracy(self, step: Step, engine: Engine) -> dict[str, Any]:
+        """The metric of an engine on the test split, and its parity with PyTorch's output of the same network."""
+        inputs = {"engine": engine.artifact.digest, "task": self.line.task_digest, "evaluator": VERSION}
+        inputs |= {"parity_samples": self.profile.parity_samples}
+        name = f"{engine.artifact.manifest.name}-accuracy"
+        return self.line.store.values(name, inputs, lambda: self._run_test_split(step, engine))
+
+    def _run_test_split(self, step: Step, engine: Engine) -> dict[str, Any]:
+        label = f"{step.name} on {engine.target.name}: accuracy"
+        with engine.target.runner(engine.artifact.path, processors()) as run:
             answers = run_split(run, self.line.task, "test", label, progress=self.line.progress)
         found = Accuracy.of(answers, self.line.task)
         count = min(self.profile.parity_samples, found.samples)
-        reference = self.line.reference(cell.step, count)
+        reference = self.line.reference(step, count)
         same = parity(reference, {name: array[:count] for name, array in answers.outputs.items()})
         interval = list(found.ci95) if found.ci95 else None
         return {
@@ -105,6 +125,7 @@ class Measurements:
             return
         inputs = {
             "engines": [cell.engine.digest for cell in cells],
+            "twins": [cell.settled.twin.artifact.digest for cell in cells if cell.settled and cell.settled.twin],
             "profile": self.profile.model_dump(include={"threads", "queries", "budget_s"}),
             "cpu": cpu_name(),
             "evaluator": VERSION,
@@ -119,9 +140,19 @@ class Measurements:
     def _timing(self, target: Target, cells: Sequence[Measured]) -> dict[str, Any]:
         samples = self._samples()
         engines = [EngineRef(cell.step.name, target.name, str(cell.engine.path)) for cell in cells]
+        known = {engine.folder: engine.id for engine in engines}
+        twins: dict[str, str] = {}  # by step, the id of the series of its twin
+        more: list[EngineRef] = []
+        for cell in cells:
+            if cell.settled and cell.settled.twin:
+                folder = str(cell.settled.twin.artifact.path)
+                if folder not in known:
+                    known[folder] = f"twin of {cell.step.name}"
+                    more.append(EngineRef(known[folder], target.name, folder))
+                twins[cell.step.name] = known[folder]
         threads = self.profile.threads
         series = interleaved(
-            engines,
+            [*engines, *more],
             samples,
             threads=threads,
             queries=self.profile.queries,
@@ -138,6 +169,7 @@ class Measurements:
                 "latency": Latency.of(own).as_json(),
                 "vs_baseline": vars(Speedup.of(series[cells[0].step.name], own)) if parent else None,
                 "vs_parent": Speedup.of(series[parent.name], own).value if parent else None,
+                "vs_twin": vars(Speedup.of(series[twins[engine.id]], own)) if engine.id in twins else None,
                 "memory": peak,
                 "threads": threads,
             }
@@ -164,6 +196,7 @@ class Measurements:
             macs=step.artifact.about["macs"],
             results=results,
             modalities=modalities,
+            quantization=_quantization(step.artifact.about["edits"]),
             reasons={} if health else {"modalities": "no target of this run can run engines here"},
         )
 
@@ -182,7 +215,7 @@ class Measurements:
         return Result.model_validate(
             {
                 "target": cell.target.name,
-                "precision": _precision(cell.step.form, fraction),
+                "precision": _precision(cell, fraction),
                 "artifact": f"artifacts/{cell.engine.path.name}",
                 "size_bytes": size,
                 "shrink": first.engine.size_bytes() / size,
@@ -191,6 +224,7 @@ class Measurements:
                 "energy_mj": None,
                 "int8_coverage": fraction,
                 "coverage": coverage,
+                "twin": self._twin_json(cell, reasons),
                 "versions": dict(cell.versions),
                 "reasons": reasons,
                 **timing,
@@ -216,6 +250,23 @@ class Measurements:
             "drop_vs_parent": sign * (parent["value"] - value) if parent else None,
         }
 
+    def _twin_json(self, cell: Measured, reasons: dict[str, str]) -> dict[str, Any] | None:
+        settled = cell.settled
+        if settled is None:
+            reasons["twin"] = "it is no INT8 network"
+            return None
+        ratio = cell.timing["vs_twin"] if cell.timing else None
+        if ratio is None or ratio["ci95"] is None:
+            reasons["twin"] = str(ratio["reason"] if ratio else cell.why_not or NOT_YET)
+        return {
+            "precision": settled.twin.target.float_name if settled.twin else None,
+            "speedup": ratio["value"] if ratio else None,
+            "ci95": ratio["ci95"] if ratio else None,
+            "shipped": settled.shipped,
+            "backed_off": settled.backed_off,
+            "reason": settled.reason,
+        }
+
     def _timing_json(self, cell: Measured, reasons: dict[str, str]) -> dict[str, Any]:
         names = ("latency_ms", "speedup", "peak_memory_mib", "threads")
         if cell.timing is None:
@@ -234,6 +285,25 @@ class Measurements:
         return {"latency_ms": latency, "speedup": speedup, "peak_memory_mib": memory, "threads": threads}
 
 
+def _quantization(edits: Mapping[str, Any]) -> Quantization | None:
+    """What the ``quantize`` stage noted, for the report."""
+    if "quantized" not in edits:
+        return None
+    repairs = {
+        "smooth": sum(len(each["layers"]) for each in edits.get("smoothed", ()) if not each["reason"]),
+        "rounding": sum(not each["reason"] for each in edits.get("rounded", ())),
+        "bias_correction": sum(not each["reason"] for each in edits.get("biases", ())),
+    }
+    return Quantization(
+        layers=len(edits["quantized"]),
+        skipped=edits["skipped"],
+        outliers=[Outlier(layer=each["layer"], ratio=each["ratio"]) for each in edits.get("outliers", ())],
+        sensitivity=edits.get("sensitivity", {}),
+        repairs={name: count for name, count in repairs.items() if count},
+        trials=[Trial.model_validate(each) for each in edits.get("trials", ())],
+    )
+
+
 def _fraction(coverage: Mapping[str, Any] | None) -> float | None:
     if coverage is None:
         return None
@@ -241,8 +311,10 @@ def _fraction(coverage: Mapping[str, Any] | None) -> float | None:
     return len(coverage["int8"]) / total if total else None
 
 
-def _precision(form: str, fraction: float | None) -> Precision:
+def _precision(cell: Measured, fraction: float | None) -> Precision:
     """What the engine may be called: INT8 only where the runtime says so."""
-    if form != "qdq" or fraction == 0:
-        return "fp32"
+    settled = cell.settled
+    if settled is None or settled.shipped == "twin" or fraction == 0:
+        target = settled.engine.target if settled else cell.target
+        return "fp16" if cell.step.half is not None else target.float_name
     return "int8" if fraction in (None, 1) else "mixed"

@@ -10,6 +10,7 @@ from typing import Any
 from mmedge.artifact import write_text
 from mmedge.errors import UsageError, needs_extra
 from mmedge.report.gates import blame
+from mmedge.report.int8 import findings, verdicts
 from mmedge.report.model import Gate, Report, Result, Stage
 from mmedge.report.plot import latency_accuracy
 from mmedge.report.values import (
@@ -115,6 +116,8 @@ def render(report: Report) -> str:
         health_columns=health_columns(report),
         targets=targets,
         health=health,
+        verdicts=list(verdicts(report)),
+        findings=[(stage.name, findings(stage.quantization)) for stage in report.stages if stage.quantization],
         coverage=list(_coverage(report)),
         engines=gates.engines,
         gates=judged,

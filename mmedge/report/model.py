@@ -20,7 +20,7 @@ from mmedge.errors import ArtifactError, UsageError
 
 SCHEMA: Final = 1
 REPORT = "report.json"
-Precision = Literal["fp32", "fp16", "int8", "mixed"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "mixed"]
 Interval = tuple[float, float]
 
 
@@ -119,6 +119,26 @@ class Coverage(Part):
     other: dict[str, str]
 
 
+class Twin(Part):
+    """An INT8 network against the same network in higher precision on the same runtime.
+
+    Attributes:
+        precision: of the fastest twin; null where nothing could be timed.
+        speedup: of what is shipped over the twin, from the same interleaved run as all latencies of this target.
+        ci95: 95 % confidence interval of ``speedup``.
+        shipped: ``int8``; ``mixed``: groups of layers went back to floating point; ``twin``: INT8 did not pay.
+        backed_off: the groups that went back, each with the reason.
+        reason: why this is shipped, one sentence.
+    """
+
+    precision: Precision | None
+    speedup: float | None
+    ci95: Interval | None
+    shipped: Literal["int8", "mixed", "twin"]
+    backed_off: dict[str, str]
+    reason: str
+
+
 class Result(Reasoned):
     """One stage on one target in one precision.
 
@@ -144,6 +164,7 @@ class Result(Reasoned):
     parity: Parity | None
     int8_coverage: float | None
     coverage: Coverage | None
+    twin: Twin | None = None
     threads: int | None
     versions: dict[str, str] = Field(default_factory=dict)
     reasons: dict[str, str] = Field(default_factory=dict)
@@ -169,15 +190,55 @@ class Modality(Reasoned):
     reasons: dict[str, str] = Field(default_factory=dict)
 
 
+class Trial(Part):
+    """One setting that the tuner tried: what it lost on the calibration split, its speed, whether it was taken."""
+
+    name: str
+    drop: float | None
+    speedup: float | None
+    accepted: bool
+    chosen: bool
+    reason: str
+
+
+class Outlier(Part):
+    """An activation whose largest value is many times what nearly all of its values are below."""
+
+    layer: str
+    ratio: float
+
+
+class Quantization(Part):
+    """What the ``quantize`` stage found.
+
+    Attributes:
+        layers: how many were quantized.
+        skipped: weighted layers that stay floating point, each with the reason.
+        outliers: activations that one INT8 scale cannot hold well, worst first.
+        sensitivity: by group of layers, the squared error of the outputs, relative to their variance, when that group
+            alone rounds; ``all`` when everything does.
+        repairs: what was done for accuracy (``smooth``, ``rounding``, ``bias_correction``) and to how many layers.
+        trials: of the tuner, in order.
+    """
+
+    layers: int
+    skipped: dict[str, str] = Field(default_factory=dict)
+    outliers: list[Outlier] = Field(default_factory=list)
+    sensitivity: dict[str, float] = Field(default_factory=dict)
+    repairs: dict[str, int] = Field(default_factory=dict)
+    trials: list[Trial] = Field(default_factory=list)
+
+
 class Stage(Reasoned):
     """One step of the line and what became of it on every target.
 
     Attributes:
         parent: the name of the stage it was made from; null for the first.
         macs: multiply-accumulate operations for one sample.
+        quantization: of the stage that quantized; null for others.
     """
 
-    may_be_none = frozenset({"parent"})
+    may_be_none = frozenset({"parent", "quantization"})
 
     name: str
     parent: str | None
@@ -186,6 +247,7 @@ class Stage(Reasoned):
     macs: int | None
     results: list[Result]
     modalities: dict[str, Modality] = Field(default_factory=dict)
+    quantization: Quantization | None = None
     reasons: dict[str, str] = Field(default_factory=dict)
 
 

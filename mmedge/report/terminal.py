@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmedge.report.int8 import findings, verdicts
 from mmedge.report.model import REPORT, Gate, Report, Result, Stage
 from mmedge.report.values import (
     Cell,
@@ -56,6 +57,7 @@ def show(report: Report, run: Path, console: Console | None = None) -> None:
         console.print(Text(f"\n{target}", style="bold"))
         _results(report, target, notes, console)
     _health(report, notes, console)
+    _int8(report, console)
     _gates(report, notes, console)
     if notes.reasons:
         console.print()
@@ -113,6 +115,23 @@ def _health(report: Report, notes: Notes, console: Console) -> None:
             heads.append(f"{name}\n{column.title}" + (f" {column.unit}" if column.unit else ""))
             cells.append([_marked(health_cell(stage, name, column), notes) for stage in report.stages])
     _print_in_parts(console, ("stage",), [(stage.name,) for stage in report.stages], heads, cells)
+
+
+def _int8(report: Report, console: Console) -> None:
+    from rich.text import Text
+
+    found = list(verdicts(report))
+    if found:
+        console.print(Text("\nINT8 against its twin", style="bold"))
+    for place, verdict, given_back in found:
+        _hanging(console, " ", f"{place}: {verdict}")
+        for line in given_back:
+            _hanging(console, "   ", f"in floating point: {line}")
+    for stage in report.stages:
+        if stage.quantization is not None:
+            console.print(Text(f"\n{stage.name}", style="bold"))
+            for line in findings(stage.quantization):
+                _hanging(console, " ", line)
 
 
 def _clean(stage: Stage, column: Column, names: Sequence[str]) -> Cell:

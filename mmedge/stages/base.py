@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from mmedge.errors import StageError
 from mmedge.progress import Progress
@@ -31,10 +32,13 @@ class Network:
     Attributes:
         module: in eval mode; called as ``module(**inputs)``.
         form: ``float``, or ``qdq`` for a graph with quantize/dequantize pairs.
+        prepared: of a ``qdq`` network the graph that it was converted from (``mmedge.stages.quantization.prepared``):
+            float weights and ranges, so that it can be trained, or parts of it taken back to floating point.
     """
 
     module: nn.Module
     form: Form = "float"
+    prepared: GraphModule | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,21 @@ class Saved:
 
     tensors: Mapping[str, Tensor]
     edits: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What an engine made of a network is worth, against the network before on the same target.
+
+    Attributes:
+        drop: of the metric on the calibration split, positive when worse.
+        speedup: over the float engine, None where nothing can run here.
+        reason: what else there is to say.
+    """
+
+    drop: float
+    speedup: float | None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,8 @@ class Context:
         progress: for the user.
         remember: ``remember(name, inputs, compute)`` keeps tensors between runs (the teacher's outputs): returns
             what ``compute`` gave the first time for equal ``inputs`` (a JSON value).
+        judge: ``judge(parent, network)`` builds engines of both for a target that runs here and compares them; None
+            where no target does.
     """
 
     task: Task
@@ -63,6 +84,7 @@ class Context:
     seed: int
     progress: Progress
     remember: Callable[[str, Mapping[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+    judge: Callable[[Network, Network], Judgement] | None = None
 
 
 class Stage(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,31 +13,38 @@ from torch.fx import GraphModule
 
 from mmedge.errors import StageError
 from mmedge.stages.base import Context, Network, Saved, Stage, StageConfig, as_tensors
+from mmedge.stages.quantization.calibration import Calibration, observe, outliers
+from mmedge.stages.quantization.ranges import set_ranges
 from mmedge.stages.trace import graph_of, quiet
 from mmedge.task import Task
 
 
-class Calibration(StageConfig):
-    """How ranges of activations are found; only the calibration split is ever used.
+class Tune(StageConfig):
+    """Search for the cheapest settings that keep the accuracy and are not slower than the float network.
+
+    Every trial is built for the first target that runs here and judged by that engine on the calibration split.
 
     Attributes:
-        samples: how many calibration samples are run.
-        observer: ``histogram`` clips outliers where that lowers the squared error, ``minmax`` keeps the whole range.
+        max_drop: accuracy that may be lost against the network before, in the metric's unit.
+        min_speedup: over the float engine of the same network.
+        trials: at most so many.
     """
 
-    samples: int = Field(256, ge=1)
-    observer: Literal["histogram", "minmax"] = "histogram"
+    max_drop: float = Field(0.003, ge=0)
+    min_speedup: float = Field(1.0, gt=0)
+    trials: int = Field(12, ge=1, le=100)
 
 
 class Quantize(Stage):
     """Float in, Q/DQ out.
 
-    What is kept is the state of the prepared graph: weights and observers. Restoring traces the float network again,
+    What is kept is the state of the prepared graph: weights and ranges. Restoring traces the float network again,
     places the same quantizers and loads that state, so no graph, code or pickle is stored.
     """
 
     name = "quantize"
     gives = "qdq"
+    version = 2
 
     class Config(StageConfig):
         """Settings of ``quantize``.
@@ -45,88 +53,212 @@ class Quantize(Stage):
             dtype: ``int8``; symmetric, per tensor for activations, per output channel for weights.
             calibration: how ranges are found.
             keep_float: patterns of layer names that stay floating point (``head``, ``audio.*``).
+            smooth: SmoothQuant's alpha: moves outliers of activations into weights, exactly; null leaves it out.
+            rounding: ``nearest``, or ``compensated``: each weight's rounding error is made up for by the weights that
+                are rounded after it.
+            bias_correction: shift biases by what rounding the weights changes on average.
+            sensitivity_samples: calibration samples on which each group's damage is measured; 0: not at all.
+            tune: search these settings instead of taking them as they are.
         """
 
         dtype: Literal["int8"] = "int8"
         calibration: Calibration = Calibration()
         keep_float: tuple[str, ...] = ()
+        smooth: float | None = Field(None, ge=0, le=1)
+        rounding: Literal["nearest", "compensated"] = "nearest"
+        bias_correction: bool = False
+        sensitivity_samples: int = Field(32, ge=0)
+        tune: Tune | None = None
 
     def run(self, network: Network, context: Context) -> Saved:
-        """Calibrate; keep the prepared graph's state and which layers were quantized or skipped."""
-        prepared, placement = self._prepare(network, context.task)
-        calibrate(prepared, self.config.calibration, context)
-        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in prepared.state_dict().items()}
-        check_ranges(tensors)
-        edits = {
-            "quantized": placement.quantized,
-            "skipped": {skipped.layer: skipped.reason for skipped in placement.skipped},
-        }
-        return Saved(tensors, edits)
+        """Calibrate and repair; keep the prepared graph's state, and what was done to which layers."""
+        if self.config.tune is not None:
+            return tuned(self.config, self.config.tune, network, context)
+        return quantized(self.config, network, context)
 
     def restore(self, network: Network, saved: Saved, context: Context) -> Network:
         """The Q/DQ graph with the ranges that calibration found."""
-        with quiet():
-            from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
-
-        prepared, _ = self._prepare(network, context.task)
-        with quiet():
-            prepared.load_state_dict(dict(saved.tensors), strict=True)
-            converted = convert_pt2e(prepared)
-        return Network(converted, "qdq")
-
-    def _prepare(self, network: Network, task: Task) -> tuple[GraphModule, Any]:
-        with quiet():  # torchao reports accelerator libraries that a CPU does not need
-            from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
-
-            from mmedge.stages.placement import Int8Placement
-
-        placement = Int8Placement(self.config.calibration.observer, self.config.keep_float)
-        with quiet():
-            prepared = prepare_pt2e(graph_of(network.module, task), placement)
-        if not placement.quantized:
-            reasons = sorted({skipped.reason for skipped in placement.skipped}) or ["no convolution or linear layer"]
-            raise StageError(
-                f"nothing to quantize: {'; '.join(reasons)}",
-                where=f"task {task.name}: quantize",
-                fix="check keep_float, or leave the stage out",
-            )
-        return prepared, placement
+        return restored(network, context.task, saved)
 
 
-def calibrate(prepared: GraphModule, settings: Calibration, context: Context) -> None:
-    """Run calibration samples through the observers.
+@dataclass
+class _Work:
+    """A prepared graph on its way through calibration and repair."""
+
+    prepared: GraphModule
+    config: Quantize.Config
+    context: Context
+    edits: dict[str, Any]
+
+
+def quantized(config: Quantize.Config, network: Network, context: Context) -> Saved:
+    """Quantize with fixed settings.
 
     Raises:
-        StageError: fewer samples than asked for.
+        StageError: there is nothing to quantize, or calibration data does not fit.
     """
-    seen = 0
-    with torch.no_grad(), quiet(), context.progress.bar("calibrating", settings.samples) as bar:
-        for batch in context.task.stream("calibration"):
-            count = min(len(batch), settings.samples - seen)
-            prepared(**as_tensors({name: array[:count] for name, array in batch.inputs.items()}))
-            seen += count
-            bar.advance(count)
-            if seen >= settings.samples:
-                return
-    raise StageError(
-        f"the calibration split has {seen} samples, the recipe asks for {settings.samples}",
-        where=f"task {context.task.name}: quantize.calibration.samples",
-        fix=f"set calibration.samples to {seen} or less, or give the task more calibration data",
+    from mmedge.stages.quantization.prepared import measure_weights, state_of
+
+    prepared, edits = prepare(network, context.task, config.keep_float)
+    work = _Work(prepared, config, context, edits)
+    seen = _calibrated(work)
+    measure_weights(prepared)
+    _repair(work, seen)
+    if config.sensitivity_samples:
+        edits["sensitivity"] = _sensitivity(work, network)
+    return Saved(state_of(prepared), edits)
+
+
+def tuned(config: Quantize.Config, tune: Tune, network: Network, context: Context) -> Saved:
+    """Quantize with the first settings, cheapest first, that are good enough; else with those that lose least.
+
+    Raises:
+        StageError: no target of the run can run engines here, so that nothing can be judged.
+    """
+    from mmedge.stages.quantization.tuning import Candidate, candidates, search
+
+    where = f"task {context.task.name}: quantize.tune"
+    if context.judge is None:
+        raise StageError("no target of this run can run engines here", where=where, fix="leave tune out, or add one")
+    made: dict[str, Saved] = {}
+    judge = context.judge
+
+    def apply(candidate: Candidate) -> tuple[str, Network]:
+        made[candidate.name] = quantized(_with(config, candidate.settings), network, context)
+        return candidate.name, restored(network, context.task, made[candidate.name])
+
+    first = quantized(config, network, context).edits
+    damage = first.get("sensitivity", {})
+    worst_first = sorted(first.get("groups", {}).items(), key=lambda group: -damage[group[0]])
+    accepted, trials = search(
+        network.module,
+        candidates(_settings_of(config), worst_first),
+        apply,
+        lambda result: judge(network, result[1]),
+        max_drop=tune.max_drop,
+        min_speedup=tune.min_speedup,
+        max_trials=tune.trials,
+        progress=context.progress,
     )
-
-
-def check_ranges(state: Mapping[str, Tensor]) -> None:
-    """Refuse observers that saw nothing or something that is not a number.
-
-    Raises:
-        StageError: names the observers.
-    """
-    bad = [
-        name for name, tensor in state.items() if name.endswith(("min_val", "max_val")) and not tensor.isfinite().all()
+    judged = [trial for trial in trials if trial.drop is not None]
+    if not judged:
+        raise StageError(f"no trial could be judged: {trials[0].reason}", where=where)
+    chosen = accepted or min(judged, key=lambda trial: trial.drop or 0.0)
+    saved = made[chosen.candidate.name]
+    told = [
+        {"name": trial.candidate.name, "drop": trial.drop, "speedup": trial.speedup, "accepted": trial.accepted}
+        | {"reason": trial.reason, "chosen": trial is chosen}
+        for trial in trials
     ]
-    if bad:
+    return Saved(saved.tensors, {**saved.edits, "trials": told})
+
+
+def _settings_of(config: Quantize.Config) -> dict[str, Any]:
+    """What the search may change, flat."""
+    return {
+        "observer": config.calibration.observer,
+        "percentile": config.calibration.percentile,
+        "smooth": config.smooth,
+        "rounding": config.rounding,
+        "bias_correction": config.bias_correction,
+        "keep_float": list(config.keep_float),
+    }
+
+
+def _with(config: Quantize.Config, settings: Mapping[str, Any]) -> Quantize.Config:
+    own = {name: settings[name] for name in ("smooth", "rounding", "bias_correction")}
+    ranges = {name: settings[name] for name in ("observer", "percentile")}
+    calibration = config.calibration.model_copy(update=ranges)
+    return config.model_copy(update={**own, "calibration": calibration, "keep_float": tuple(settings["keep_float"])})
+
+
+def restored(network: Network, task: Task, saved: Saved) -> Network:
+    """The Q/DQ network of a float one, from what was kept of it."""
+    from mmedge.stages.quantization.prepared import converted, with_state
+
+    prepared, _ = prepare(network, task, saved.edits["keep_float"])
+    prepared = with_state(prepared, saved.tensors)
+    return Network(converted(prepared), "qdq", prepared)
+
+
+def prepare(network: Network, task: Task, keep_float: tuple[str, ...]) -> tuple[GraphModule, dict[str, Any]]:
+    """Trace a float network and put a ``Range`` on every edge that will carry INT8.
+
+    Returns:
+        The prepared graph, and as JSON which layers were quantized and which not, with reasons.
+    """
+    with quiet():  # torchao reports accelerator libraries that a CPU does not need
+        from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+
+        from mmedge.stages.quantization.placement import Int8Placement
+
+    placement = Int8Placement(keep_float)
+    with quiet():
+        prepared = prepare_pt2e(graph_of(network.module, task), placement)
+    skipped = {each.layer: each.reason for each in placement.skipped}
+    if not placement.quantized:
+        reasons = sorted(set(skipped.values())) or ["no convolution or linear layer"]
         raise StageError(
-            f"calibration found no finite range at {len(bad)} places, first {bad[0]}",
-            where="quantize",
-            fix="look for NaN or overflow in the network's activations on the calibration split",
+            f"nothing to quantize: {'; '.join(reasons)}",
+            where=f"task {task.name}: quantize",
+            fix="check keep_float, or leave the stage out",
         )
+    return prepared, {"keep_float": list(keep_float), "quantized": placement.quantized, "skipped": skipped}
+
+
+def _calibrated(work: _Work) -> Mapping[str, Any]:
+    """Ranges from the calibration split; with SmoothQuant folded in, from a second pass."""
+    from mmedge.stages.quantization.prepared import seen_by
+    from mmedge.stages.quantization.smoothing import smooth
+
+    settings = work.config.calibration
+    seen = observe(work.prepared, work.context, settings.samples)
+    if work.config.smooth is not None:
+        largest = {path: each.channel_largest for path, each in seen.items()}
+        done = smooth(work.prepared, largest, work.config.smooth)
+        work.edits["smoothed"] = [_told(each) for each in done]
+        seen = observe(work.prepared, work.context, settings.samples)
+    set_ranges(work.prepared, seen, settings)
+    work.edits["outliers"] = [_told(each) for each in outliers(seen, seen_by(work.prepared))]
+    return seen
+
+
+def _repair(work: _Work, seen: Mapping[str, Any]) -> None:
+    if work.config.rounding == "compensated":
+        from mmedge.stages.quantization.rounding import compensate
+
+        work.edits["rounded"] = [_told(each) for each in compensate(work.prepared, _inputs(work, 128))]
+    if work.config.bias_correction:
+        from mmedge.stages.quantization.bias import correct
+
+        means = {path: each.channel_mean for path, each in seen.items()}
+        work.edits["biases"] = [_told(each) for each in correct(work.prepared, means)]
+
+
+def _sensitivity(work: _Work, network: Network) -> dict[str, float]:
+    from mmedge.stages.quantization.sensitivity import groups, sensitivity
+
+    named = groups(work.edits["quantized"])
+    work.edits["groups"] = named
+    work.context.progress.say(f"sensitivity of {len(named)} groups of layers")
+    inputs = _inputs(work, work.config.sensitivity_samples)
+    return sensitivity(work.prepared, network.module, inputs, work.context.task.outputs, named)
+
+
+def _told(found: Any) -> dict[str, Any]:
+    """What a repair did to a layer as JSON, without what it could not measure."""
+    return {name: value for name, value in vars(found).items() if value == value}
+
+
+def _inputs(work: _Work, samples: int) -> list[dict[str, Tensor]]:
+    """The first calibration samples, batch by batch."""
+    found: list[dict[str, Tensor]] = []
+    count = 0
+    with torch.no_grad():
+        for batch in work.context.task.stream("calibration"):
+            size = min(len(batch), samples - count)
+            found.append(as_tensors({name: array[:size] for name, array in batch.inputs.items()}))
+            count += size
+            if count >= samples:
+                break
+    return found

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from mmedge.errors import StageError
@@ -33,7 +34,7 @@ class Training(StageConfig):
         logits: weight of the distance to the teacher's outputs.
         features: weight of the cosine distance to the teacher's last hidden features, through a linear projection that
             is trained along and thrown away.
-        match: distance between outputs: ``kl`` for class scores, ``mse`` for values.
+        match: distance between outputs: ``kl`` for class scores, ``mse`` relative to the teacher's spread for anything.
         precision: ``auto`` trains in bfloat16 where the processor multiplies it natively, else in float32.
         max_grad_norm: gradients are clipped to this norm.
     """
@@ -73,19 +74,17 @@ def distil(student: nn.Module, settings: Training, context: Context, label: str)
     """
     taught = ask_teacher(settings, context)
     lessons = Lessons(settings, context, len(taught.features))
-    with reproducible(context.seed), Probe(student) as probe:
-        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        projection = _projection(student, probe, taught, context)
+    with reproducible(context.seed), Probe(student) as probe, _in_training(student):
+        projection = _projection(student, probe, taught, context) if settings.features else nn.Identity()
         parameters = [*student.parameters(), *projection.parameters()]
         rate, steps = settings.learning_rate, lessons.steps
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=settings.weight_decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 2), pct_start=0.2)
-        student.train()
         with context.progress.bar(label, steps) as bar:
             for first, inputs, targets in lessons:
                 with autocast(settings.precision):
                     outputs = outputs_of(student, inputs, context.task.outputs)
-                    features = projection(probe.features())
+                    features = projection(probe.features()) if settings.features else None
                 answers = None if first is None else taught.rows(first, len(targets))
                 loss = _loss(settings, context.task, outputs, features, targets, answers)
                 optimizer.zero_grad()
@@ -94,15 +93,31 @@ def distil(student: nn.Module, settings: Training, context: Context, label: str)
                 optimizer.step()
                 schedule.step()
                 bar.advance(loss=_finite(loss, label))
+
+
+@contextmanager
+def _in_training(student: nn.Module) -> Iterator[None]:
+    """Weights may change inside the block, and dropout and batch statistics work.
+
+    A traced graph (of quantization-aware training) was traced for inference: it has neither, and no modes.
+    """
+    traced = isinstance(student, GraphModule)
+    student.requires_grad_(True)  # a trained model comes frozen
+    if not traced:
+        student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        student.train()
+    yield
+    if not traced:
         student.eval()
         student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    student.requires_grad_(False)
 
 
 def _loss(
     settings: Training,
     task: Task,
     outputs: Mapping[str, Tensor],
-    features: Tensor,
+    features: Tensor | None,
     targets: Tensor,
     taught: tuple[Mapping[str, Tensor], Tensor] | None,
 ) -> Tensor:
@@ -113,14 +128,15 @@ def _loss(
     loss = settings.labels * task.loss(outputs, targets) if settings.labels else torch.zeros(())
     for name, value in outputs.items() if settings.logits else ():
         loss = loss + settings.logits * _distance(value, answers[name], settings) / len(outputs)
-    if settings.features:
+    if features is not None:
         loss = loss + settings.features * (1 - F.cosine_similarity(features.float(), teacher_features)).mean()
     return loss
 
 
 def _distance(student: Tensor, teacher: Tensor, settings: Training) -> Tensor:
     if settings.match == "mse":
-        return F.mse_loss(student, teacher)
+        # In units of the teacher's own spread, so that the weight means the same for logits and for unit vectors.
+        return F.mse_loss(student, teacher) / teacher.var(unbiased=False).clamp(min=1e-12)
     # The factor T^2 keeps gradients independent of the temperature (Hinton et al., 2015, section 2).
     soft = F.log_softmax(student / settings.temperature, -1).flatten(0, -2)
     goal = F.log_softmax(teacher / settings.temperature, -1).flatten(0, -2)
@@ -257,7 +273,7 @@ class Probe:
             StageError: the module has no linear layer or convolution.
         """
         if self.latest is None:
-            raise StageError("the model has no Linear or Conv layer to take features from", fix="set features: 0")
+            raise StageError("no Linear or Conv module to take features from", fix="set features: 0")
         return self.latest
 
 

@@ -22,14 +22,19 @@ class Lowering:
     Attributes:
         format: ``onnx``, or ``pt2`` for a torch.export archive.
         unsigned_activations: quantize activations to uint8 (zero point 128, or 0 after a ReLU) instead of int8.
-        quantized_sums: quantize both branches of a residual sum and its result, not only the skip connection.
+        quantized_outputs: quantize what INT8 convolutions give, and both branches of a residual sum, not only the skip
+            connection.
         int32_bias: give quantized Gemm an int32 bias behind its own DequantizeLinear.
+        microsoft_operators: use ONNX Runtime's own operators where they save a pass over memory.
+        float_type: what is not INT8 is computed in float32, or in float16 with float32 islands for norms.
     """
 
     format: Format = "onnx"
     unsigned_activations: bool = False
-    quantized_sums: bool = False
+    quantized_outputs: bool = False
     int32_bias: bool = False
+    microsoft_operators: bool = False
+    float_type: Literal["float32", "float16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,18 @@ class Target(ABC):
         Raises:
             TargetError: the engine cannot run here.
         """
+
+    @property
+    def float_name(self) -> Literal["fp32", "bf16", "fp16"]:
+        """What layers that are not INT8 are computed in."""
+        return "fp16" if self.lowering.float_type == "float16" else "fp32"
+
+    def forms(self) -> list[Target]:
+        """This target in every floating-point precision that may pay on this machine; the fastest is expected last.
+
+        An INT8 engine is compared with the float network in all of them: its fastest twin is the one to beat.
+        """
+        return [self]
 
     def options(self) -> dict[str, Any]:
         """What besides the model decides how an engine is built, JSON; part of the engine's key."""

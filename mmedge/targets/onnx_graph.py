@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmedge.errors import TargetError, needs_extra
@@ -41,6 +44,31 @@ def label(node: NodeProto) -> str:
 def attribute(node: NodeProto, name: str) -> AttributeProto | None:
     """An attribute of a node, None where it is left out."""
     return next((each for each in node.attribute if each.name == name), None)
+
+
+def read_graph(model: Path) -> ModelProto:
+    """The graph of an ONNX file; weights that lie in a file beside it are not read."""
+    import onnx
+
+    return onnx.load(model, load_external_data=False)
+
+
+def files_of(model: Path) -> list[Path]:
+    """An ONNX file, and the file of its large weights beside it if it has one (``model.onnx.data``)."""
+    return [file for file in (model, model.with_name(f"{model.name}.data")) if file.exists()]
+
+
+def place(model: Path, folder: Path, name: str) -> Path:
+    """Put an ONNX file into ``folder`` under ``name``, with its weights; on one disk they are linked, not copied.
+
+    The graph names the file of its weights, so that one keeps its name.
+    """
+    for file, target in zip(files_of(model), (folder / name, folder / f"{model.name}.data"), strict=False):
+        try:
+            os.link(file, target)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(file, target)
+    return folder / name
 
 
 class Graph:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mmedge.errors import TargetError, needs_extra
 from mmedge.targets.base import Build, Coverage, Lowering, Runner, Target
 from mmedge.targets.checked import checked, reported
-from mmedge.targets.onnx_graph import OPERANDS, Graph, label, onnx_version
+from mmedge.targets.onnx_graph import OPERANDS, Graph, label, onnx_version, place, read_graph
 from mmedge.tensors import Array
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class OnnxRuntime(Target):
     """ONNX Runtime's CPU provider: Linux, Windows and macOS, x86 and ARM."""
 
     name = "onnxruntime"
-    lowering = Lowering(unsigned_activations=True, quantized_sums=True, int32_bias=True)
+    lowering = Lowering(unsigned_activations=True, quantized_outputs=True, int32_bias=True, microsoft_operators=True)
 
     def check(self) -> dict[str, str]:
         """See ``Target.check``."""
@@ -64,17 +63,15 @@ class OnnxRuntime(Target):
         ONNX Runtime's optimized graph is not what is kept: it fits only the processor that it was optimized on.
         """
         versions = self.check()
-        shutil.copyfile(model, folder / MODEL)
-        optimized = _optimized(folder / MODEL)
-        import onnx
-
+        kept = place(model, folder, MODEL)
+        optimized = _optimized(kept)
         kernels = Counter(node.op_type for node in optimized.graph.node)
         facts = {
             "versions": versions,
-            "engine_bytes": (folder / MODEL).stat().st_size,
+            "engine_bytes": sum(file.stat().st_size for file in folder.iterdir()),
             "kernels": dict(sorted(kernels.items())),
         }
-        return Build(_coverage(onnx.load(folder / MODEL), optimized), facts)
+        return Build(_coverage(read_graph(kept), optimized), facts)
 
     @contextmanager
     def runner(self, folder: Path, threads: int) -> Iterator[Runner]:
@@ -116,22 +113,21 @@ def _options(ort: Any, threads: int) -> Any:
 
 
 def _optimized(model: Path) -> ModelProto:
-    """The graph that ONNX Runtime runs, as it writes it down itself."""
-    import onnx
-
+    """The graph that ONNX Runtime runs, as it writes it down itself, without its weights."""
     ort = _onnxruntime()
     with tempfile.TemporaryDirectory() as folder, reported("ONNX Runtime: loading the model", str(model)):
         options = _options(ort, threads=1)
         options.optimized_model_filepath = str(Path(folder, MODEL))
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
         # Blocked layouts concern float convolutions only, and would replace their names by those of tensors.
         ort.InferenceSession(
             str(model), options, providers=["CPUExecutionProvider"], disabled_optimizers=["NchwcTransformer"]
         )
-        return onnx.load(Path(folder, MODEL))
+        return read_graph(Path(folder, MODEL))
 
 
 def _coverage(model: ModelProto, optimized: ModelProto) -> Coverage:
-    layers = [label(node) for node, _ in Graph(model).weighted()]
+    layers = [label(node) for node, _ in Graph(model).weighted({**OPERANDS, **INT8_KERNELS})]
     graph = Graph(optimized)
     int8 = {_layer(label(node), layers) for node, _ in graph.weighted(INT8_KERNELS)}
     other = {

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mmedge.errors import TargetError, needs_extra
 from mmedge.targets.base import Build, Coverage, Lowering, Runner, Target
 from mmedge.targets.checked import checked, reported
+from mmedge.targets.onnx_graph import place
 from mmedge.tensors import Array
 
 MODEL = "model.onnx"
+SETTINGS = "openvino.json"
 # Kinds of nodes of an execution graph that may hold weights. A MatMul of two activations has none.
 _WEIGHTED = {"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"}
 # The same in the graph that OpenVINO reads from an ONNX file, and what it appends to names of nodes that it splits.
@@ -35,6 +37,23 @@ class OpenVino(Target):
     name = "openvino"
     lowering = Lowering(unsigned_activations=True)
 
+    def __init__(self, precision: Literal["f32", "bf16"] = "f32") -> None:
+        self.precision = precision
+
+    @property
+    def float_name(self) -> Literal["fp32", "bf16", "fp16"]:
+        """See ``Target.float_name``."""
+        return "bf16" if self.precision == "bf16" else "fp32"
+
+    def forms(self) -> list[Target]:
+        """float32, and bfloat16 where the processor multiplies it."""
+        native = "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return [self, OpenVino("bf16")] if native else [self]
+
+    def options(self) -> dict[str, Any]:
+        """See ``Target.options``."""
+        return {"precision": self.precision}
+
     def check(self) -> dict[str, str]:
         """See ``Target.check``."""
         return {"openvino": str(_openvino().__version__)}
@@ -42,8 +61,8 @@ class OpenVino(Target):
     def build(self, model: Path, folder: Path) -> Build:
         """Compile once to see what runs in INT8; keep the ONNX file, which OpenVINO reads directly."""
         versions = self.check()
-        shutil.copyfile(model, folder / MODEL)
-        read, compiled = _compiled(folder / MODEL, threads=1)
+        read, compiled = _compiled(place(model, folder, MODEL), 1, self.precision)
+        (folder / SETTINGS).write_text(json.dumps(self.options()))
         nodes = compiled.get_runtime_model().get_ordered_ops()
         kernels = Counter(
             f"{_about(node, 'layerType')} {_about(node, 'runtimePrecision')}"
@@ -52,7 +71,7 @@ class OpenVino(Target):
         )
         facts = {
             "versions": versions,
-            "engine_bytes": (folder / MODEL).stat().st_size,
+            "engine_bytes": sum(file.stat().st_size for file in folder.iterdir()),
             "kernels": dict(sorted(kernels.items())),
         }
         return Build(_coverage(nodes, {node.friendly_name: node for node in read.get_ordered_ops()}), facts)
@@ -60,7 +79,8 @@ class OpenVino(Target):
     @contextmanager
     def runner(self, folder: Path, threads: int) -> Iterator[Runner]:
         """See ``Target.runner``."""
-        _, compiled = _compiled(folder / MODEL, threads)
+        settings = json.loads((folder / SETTINGS).read_text())
+        _, compiled = _compiled(folder / MODEL, threads, settings["precision"])
         request = compiled.create_infer_request()
         dtypes = {port.get_any_name(): str(port.get_element_type().to_dtype()) for port in compiled.inputs}
         outputs = {port.get_any_name(): port for port in compiled.outputs}
@@ -84,15 +104,15 @@ def _openvino() -> Any:
     return openvino
 
 
-def _compiled(model: Path, threads: int) -> tuple[Any, Any]:
+def _compiled(model: Path, threads: int, precision: str) -> tuple[Any, Any]:
     """The model as it was read, and compiled."""
     options = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": "1",
-        # On processors with AMX the default is bf16: neither an FP32 baseline nor the float part of an INT8 model
-        # would be what it is called.
-        "INFERENCE_PRECISION_HINT": "f32",
+        # Always said: on processors with AMX the default is bf16, and neither an FP32 baseline nor the float part of an
+        # INT8 model would be what it is called.
+        "INFERENCE_PRECISION_HINT": precision,
         "ENABLE_CPU_PINNING": False,
     }
     core = _openvino().Core()

@@ -12,7 +12,7 @@ from typing import Any
 from mmedge.errors import TargetError, UsageError, needs_extra, unknown
 from mmedge.targets.base import Build, Lowering, Runner, Target
 from mmedge.targets.checked import checked, reported
-from mmedge.targets.onnx_graph import Graph, label, onnx_version
+from mmedge.targets.onnx_graph import Graph, label, onnx_version, read_graph
 from mmedge.targets.tensorrt_lint import lint_tensorrt
 from mmedge.targets.tensorrt_log import conversions, coverage, read_kernels
 
@@ -51,11 +51,9 @@ class TensorRtRtx(Target):
     def build(self, model: Path, folder: Path) -> Build:
         """Lint, parse and build; the coverage is read from the builder's own log."""
         versions = self.check()
-        import onnx
-
         trt = _tensorrt()
         with reported("reading the model", str(model)):
-            graph = onnx.load(model)
+            graph = read_graph(model)
         if problems := lint_tensorrt(graph):
             raise TargetError(
                 f"TensorRT would refuse this graph or not run it as written ({len(problems)} places)",

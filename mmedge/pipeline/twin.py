@@ -1,0 +1,204 @@
+"""The twin rule: an INT8 engine is shipped only where it beats the same network in higher precision on the same
+runtime, and within the accuracy budget. Otherwise groups of its layers go back to floating point; if nothing helps, the
+twin is shipped, and the report says so.
+
+The engines are compared in interleaved runs. Which groups go back is decided on the engine's own accuracy, the most
+damaging group (as the ``quantize`` stage measured it) first. Giving a group back can only make an engine more like its
+twin, so judging that on the test split does not flatter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmedge.artifact import Artifact
+from mmedge.pipeline.environment import cpu_name
+from mmedge.pipeline.line import Line, Step
+from mmedge.profile.latency import EngineRef, interleaved
+from mmedge.profile.statistics import Speedup
+from mmedge.recipe import TwinConfig
+from mmedge.targets.base import Target
+from mmedge.tensors import Array
+
+WORTH_IT = 1.01  # a group goes back for speed only where that makes the engine so much faster
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine and the form of the target that made it."""
+
+    artifact: Artifact
+    target: Target
+
+
+@dataclass
+class Settled:
+    """What is shipped of a Q/DQ network on one target.
+
+    Attributes:
+        engine: the one that is shipped.
+        twin: the fastest higher-precision engine of the same network; None where nothing could be timed.
+        shipped: ``int8``, ``mixed`` (some groups are floating point) or ``twin``.
+        backed_off: groups of layers that went back to floating point, each with the reason.
+        reason: of the whole decision, one sentence.
+    """
+
+    engine: Engine
+    twin: Engine | None
+    shipped: str
+    reason: str
+    backed_off: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class TwinRule:
+    """Carries the rule out.
+
+    Attributes:
+        line: makes engines.
+        rule: the recipe's limits.
+        threads: of the engines while they are timed.
+        samples: what they are timed on.
+        value: ``value(step, engine)`` is the metric of an engine on the test split.
+    """
+
+    line: Line
+    rule: TwinConfig
+    threads: int
+    samples: Mapping[str, Array]
+    value: Callable[[Step, Engine], float]
+
+    def settle(self, step: Step, target: Target, versions: Mapping[str, str]) -> Settled:
+        """Decide what is shipped of ``step``, a Q/DQ network, on ``target``."""
+        parent = step.float_ancestor()
+        forms = target.forms()
+        whole = [Engine(self.line.engine(step, form, versions), form) for form in forms]
+        if why := target.cannot_run():
+            return Settled(whole[-1], None, "int8", f"not compared with a higher precision: {why}")
+        twins = [Engine(self.line.engine(parent, form, versions), form) for form in forms]
+        times = self._times([*twins, *whole])
+        twin, int8 = self._fastest(twins, times), self._fastest(whole, times)
+        search = _Search(self, step, versions, twin, int8, self.value(parent, twin))
+        return search.settle(times)
+
+    def _fastest(self, engines: Sequence[Engine], times: Mapping[str, float]) -> Engine:
+        return min(engines, key=lambda engine: times[engine.artifact.digest])
+
+    def _times(self, engines: Sequence[Engine]) -> dict[str, float]:
+        """How long each engine takes relative to the first one, by its artifact's digest, from one interleaved run."""
+        unique = list({engine.artifact.digest: engine for engine in engines}.values())
+        if len(unique) == 1:
+            return {unique[0].artifact.digest: 1.0}
+        inputs = {
+            "engines": [engine.artifact.digest for engine in unique],
+            "queries": self.rule.queries,
+            "threads": self.threads,
+            "cpu": cpu_name(),
+        }
+
+        def measure() -> dict[str, Any]:
+            refs = [EngineRef(str(i), each.target.name, str(each.artifact.path)) for i, each in enumerate(unique)]
+            series = interleaved(
+                refs,
+                self.samples,
+                threads=self.threads,
+                queries=self.rule.queries,
+                budget_s=self.rule.budget_s,
+                progress=self.line.progress,
+            )
+            return {
+                each.artifact.digest: 1 / Speedup.of(series["0"], series[ref.id]).value
+                for each, ref in zip(unique, refs, strict=True)
+            }
+
+        return self.line.store.values("twins", inputs, measure)
+
+
+@dataclass
+class _Search:
+    """One Q/DQ network on one target, on its way to an engine that is worth shipping."""
+
+    rules: TwinRule
+    step: Step
+    versions: Mapping[str, str]
+    twin: Engine
+    int8: Engine
+    reference: float
+
+    def settle(self, times: Mapping[str, float]) -> Settled:
+        drop, speedup = self._drop(self.int8), self._speedup(self.int8, times)
+        if self._good(drop, speedup):
+            return Settled(self.int8, self.twin, "int8", self._figures(drop, speedup))
+        given_back: dict[str, str] = {}
+        engine = self.int8
+        if drop > self.rules.rule.max_drop:
+            engine, given_back = self._repair_accuracy(drop)
+            times = self.rules._times([self.twin, engine])
+        if self._drop(engine) <= self.rules.rule.max_drop and self._speedup(engine, times) < self._least:
+            engine, given_back = self._repair_speed(engine, given_back)
+            times = self.rules._times([self.twin, engine])
+        drop, speedup = self._drop(engine), self._speedup(engine, times)
+        if given_back and self._good(drop, speedup):
+            return Settled(engine, self.twin, "mixed", self._figures(drop, speedup), given_back)
+        reason = f"no INT8 form was good enough: at best {self._figures(drop, speedup)}"
+        return Settled(self.twin, self.twin, "twin", reason, given_back)
+
+    @property
+    def _least(self) -> float:
+        return self.rules.rule.min_speedup
+
+    def _good(self, drop: float, speedup: float) -> bool:
+        return drop <= self.rules.rule.max_drop and speedup >= self._least
+
+    def _drop(self, engine: Engine) -> float:
+        sign = 1 if self.rules.line.task.metric.higher_is_better else -1
+        return sign * (self.reference - self.rules.value(self.step, engine))
+
+    def _speedup(self, engine: Engine, times: Mapping[str, float]) -> float:
+        return times[self.twin.artifact.digest] / times[engine.artifact.digest]
+
+    def _figures(self, drop: float, speedup: float) -> str:
+        rule = self.rules.rule
+        return (
+            f"{speedup:.2f}x the speed of its {self.twin.target.float_name} twin (at least {rule.min_speedup:.2f}x), "
+            f"drop {drop:.4f} (at most {rule.max_drop:.4f})"
+        )
+
+    def _without(self, groups: Sequence[str]) -> Engine:
+        layers = tuple(layer for group in groups for layer in self.step.groups[group])
+        form = self.int8.target
+        return Engine(self.rules.line.engine(self.step, form, self.versions, layers), form)
+
+    def _repair_accuracy(self, drop: float) -> tuple[Engine, dict[str, str]]:
+        """Give back the most damaging groups, twice as many each time, until the budget holds."""
+        order = sorted(self.step.groups, key=lambda group: -self.step.damage.get(group, 0.0))
+        count, engine = 1, self.int8
+        while drop > self.rules.rule.max_drop and count < 2 * len(order):
+            given = order[: min(count, len(order))]
+            engine = self._without(given)
+            drop = self._drop(engine)
+            self._say(f"{len(given)} of {len(order)} groups in floating point for accuracy: drop {drop:.4f}")
+            count *= 2
+        return engine, {
+            group: f"accuracy: rounding it alone changes the outputs by {self.step.damage.get(group, 0.0):.2%}"
+            for group in given
+        }
+
+    def _repair_speed(self, engine: Engine, given_back: dict[str, str]) -> tuple[Engine, dict[str, str]]:
+        """Give back every group that is faster in floating point."""
+        kept = [group for group in self.step.groups if group not in given_back]
+        trials = {group: self._without([*given_back, group]) for group in kept}
+        times = self.rules._times([engine, *trials.values()])
+        now = times[engine.artifact.digest]
+        gains = {group: now / times[trial.artifact.digest] for group, trial in trials.items()}
+        slow = {group: gain for group, gain in gains.items() if gain >= WORTH_IT}
+        self._say(f"{len(slow)} of {len(kept)} groups are faster in floating point")
+        if not slow:
+            return engine, given_back
+        more = {group: f"speed: {gain:.2f}x faster in floating point" for group, gain in slow.items()}
+        return self._without([*given_back, *more]), {**given_back, **more}
+
+    def _say(self, text: str) -> None:
+        self.rules.line.progress.say(f"{self.step.name} on {self.int8.target.name}: {text}")

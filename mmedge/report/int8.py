@@ -1,0 +1,59 @@
+"""What the report says of INT8 in words: how it compares with its twin, and what the quantizer found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mmedge.report.model import Quantization, Report, Result, Trial
+from mmedge.report.values import digits
+
+MOST = 5  # of a list that could be long; report.json has all
+
+
+def verdicts(report: Report) -> Iterator[tuple[str, str, list[str]]]:
+    """For every INT8 result: where (stage and target), the comparison with its twin, and what went back to float."""
+    for stage in report.stages:
+        for result in stage.results:
+            if result.twin is not None:
+                given = [f"{group}: {why}" for group, why in result.twin.backed_off.items()]
+                yield f"{stage.name} on {result.target}", _verdict(result), given
+
+
+def _verdict(result: Result) -> str:
+    twin = result.twin
+    if twin is None:
+        return ""
+    if twin.precision is None:
+        return f"INT8, {twin.reason}"
+    if twin.shipped == "twin":
+        return f"shipped as its {twin.precision} twin: {twin.reason}"
+    name = "INT8" if twin.shipped == "int8" else "INT8 with groups in floating point"
+    if twin.speedup is None:
+        return f"{name}: {twin.reason}"
+    interval = f" (95 % CI {digits(twin.ci95[0])}–{digits(twin.ci95[1])})" if twin.ci95 else ""
+    return f"{name}: {digits(twin.speedup)}× its {twin.precision} twin{interval}"
+
+
+def findings(found: Quantization) -> list[str]:
+    """What the quantizer found, one sentence each."""
+    lines = [f"{found.layers} layers in INT8"]
+    lines += [f"{layer} stays in floating point: {why}" for layer, why in list(found.skipped.items())[:MOST]]
+    lines += [f"{name}: {count} layers" for name, count in found.repairs.items()]
+    lines += [
+        f"{each.layer}: its largest activation is {digits(each.ratio)} times the 99.9th percentile"
+        for each in found.outliers[:MOST]
+    ]
+    worst = sorted(((group, each) for group, each in found.sensitivity.items() if group != "all"), key=lambda x: -x[1])
+    if worst:
+        named = ", ".join(f"{group} {digits(100 * each)} %" for group, each in worst[:MOST])
+        lines.append(
+            f"output error when one group alone rounds: {named}; all {digits(100 * found.sensitivity['all'])} %"
+        )
+    return lines + [_told(trial) for trial in found.trials]
+
+
+def _told(trial: Trial) -> str:
+    figures = [f"drop {digits(trial.drop)}"] if trial.drop is not None else []
+    figures += [f"speedup {digits(trial.speedup)}×"] if trial.speedup is not None else []
+    figures.append("taken" if trial.chosen else "not taken")
+    return f"tried {trial.name}: {', '.join(figures)}" + (f" ({trial.reason})" if trial.reason else "")

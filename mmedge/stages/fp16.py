@@ -1,0 +1,39 @@
+"""``fp16``: the same network in float16, with float32 islands where float16 would overflow."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mmedge.stages.base import Context, Network, Saved, Stage, StageConfig
+from mmedge.stages.overflow import islands, magnitudes
+
+
+class Fp16(Stage):
+    """Nothing changes in PyTorch: precision goes into the exported graph, as casts (TensorRT 11 knows no other way).
+
+    Norms always stay float32. What else must is found on calibration data: modules whose values float16 cannot hold.
+    After ``quantize`` the INT8 layers stay INT8 and the rest becomes float16.
+    """
+
+    name = "fp16"
+    accepts = frozenset({"float", "qdq"})
+
+    class Config(StageConfig):
+        """Settings of ``fp16``.
+
+        Attributes:
+            samples: calibration samples on which the range of every module is looked at.
+            keep_float32: more modules that stay float32, by name.
+        """
+
+        samples: int = Field(64, ge=1)
+        keep_float32: tuple[str, ...] = ()
+
+    def run(self, network: Network, context: Context) -> Saved:
+        """Find the islands."""
+        found = magnitudes(network.module, context.task, self.config.samples, context.progress)
+        return Saved({}, {"float16_islands": sorted({*islands(found), *self.config.keep_float32})})
+
+    def restore(self, network: Network, saved: Saved, context: Context) -> Network:
+        """The network as it was."""
+        return network

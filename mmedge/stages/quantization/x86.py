@@ -1,0 +1,82 @@
+"""neural-compressor's INT8 for x86 processors: an alternative to mmedge's own placement where every target is a CPU.
+
+It quantizes activations to uint8 with a zero point of their own, so that a one-sided range uses all 256 levels; weights
+are symmetric int8 per output channel. ONNX Runtime and OpenVINO take that form, TensorRT refuses it: it knows no zero
+points. Placement and observers are neural-compressor's defaults, torchao's ``X86InductorQuantizer`` underneath.
+
+What is kept is the state of the prepared graph, weights and observers: the float network traced again, with observers
+placed again by the same rule, takes that state, so no graph, code or pickle is stored.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from mmedge.errors import StageError
+from mmedge.stages.quantization.prepared import converted, state_of
+from mmedge.stages.quantization.tuning import neural_compressor
+from mmedge.stages.trace import quiet
+
+
+def x86_quantized(graph: GraphModule, batches: Iterable[Mapping[str, Tensor]]) -> GraphModule:
+    """Quantize a traced float network for CPUs.
+
+    Args:
+        graph: ``mmedge.stages.trace.graph_of`` a float network; stays as it is.
+        batches: calibration inputs by name; the ranges are moving averages over them (PyTorch's
+            ``MovingAverageMinMaxObserver``), so batch size and order matter.
+
+    Returns:
+        A graph with int8 weights and Q/DQ pairs, called like ``graph``.
+
+    Raises:
+        StageError: neural-compressor is not installed, or the data gives no finite ranges.
+    """
+    return converted(_calibrated(graph, batches))
+
+
+def x86_state(graph: GraphModule, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """All of ``x86_quantized(graph, batches)`` that is to be kept: float weights and observers, by name."""
+    return state_of(_calibrated(graph, batches))
+
+
+def x86_restore(graph: GraphModule, state: Mapping[str, Tensor]) -> GraphModule:
+    """The quantized graph, equal to the last bit, from a trace of the same float network and what was kept."""
+    prepared = _prepared(graph)
+    prepared.load_state_dict(dict(state), strict=True)
+    return converted(prepared)
+
+
+def _prepared(graph: GraphModule) -> GraphModule:
+    with neural_compressor("the x86 form of INT8"):
+        from neural_compressor.torch.quantization import INT8StaticQuantConfig, prepare
+
+        fresh: Any = copy.deepcopy(graph)
+        # What neural-compressor's own export() leaves on a graph; the trace has its symbolic batch already.
+        fresh._exported, fresh.dynamic_shapes = True, None
+        return prepare(fresh, INT8StaticQuantConfig())
+
+
+def _calibrated(graph: GraphModule, batches: Iterable[Mapping[str, Tensor]]) -> GraphModule:
+    prepared = _prepared(graph)
+    with torch.no_grad(), quiet():
+        for batch in batches:
+            prepared(**batch)
+    bad = [
+        name
+        for name, tensor in prepared.state_dict().items()
+        if name.endswith(("min_val", "max_val")) and not (tensor.numel() and tensor.isfinite().all())
+    ]
+    if bad:
+        raise StageError(
+            f"calibration found no finite range at {len(bad)} places, first {bad[0]}",
+            where="quantize",
+            fix="look for NaN or overflow in the activations on the calibration split, and that it is not empty",
+        )
+    return prepared

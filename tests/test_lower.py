@@ -1,0 +1,206 @@
+"""Lowering: attention as two products, ONNX Runtime's own operators, idle pairs, and layers that go back to float."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmedge.lower.export import onnx_of, write
+from mmedge.lower.passes import nodes, quantized_weight
+from mmedge.lower.shape import Release, shape_for
+from mmedge.pipeline.line import float_weights
+from mmedge.stages.base import Network, as_tensors, outputs_of
+from mmedge.stages.quantize import Quantize
+from mmedge.targets.base import Lowering, Target
+from mmedge.targets.onnxruntime import OnnxRuntime
+from mmedge.targets.openvino import OpenVino
+from mmedge.task import Batch, Metric, Task, accuracy
+from mmedge.tensors import TensorSpec
+
+TOKENS, WIDTH = 10, 32
+
+
+class Reader(nn.Module):
+    """Patches and words in one masked transformer block; the patch embedding is a convolution read by a reshape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, WIDTH, 4, 4)
+        self.words = nn.Embedding(20, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 5)
+        nn.init.normal_(self.patch.bias, std=0.5)  # OpenVINO once added the first channel's to all
+
+    def forward(self, image: Tensor, words: Tensor) -> Tensor:
+        patches = self.patch(image).flatten(2).transpose(1, 2)
+        x = torch.cat([patches, self.words(words)], 1)
+        seen = torch.cat([torch.ones_like(patches[..., 0]) > 0, words != 0], 1)[:, None, None]
+        y = self.norm(x)
+        q, k, v = (layer(y).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2))
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return self.head(x.mean(1))
+
+
+def batches(split: str, seed: int):
+    rng = np.random.default_rng(len(split))
+    for _ in range(2):
+        words = rng.integers(1, 20, (16, 6))
+        words[::2, 3:] = 0
+        images = rng.standard_normal((16, 3, 8, 8), dtype=np.float32)
+        yield Batch({"image": images, "words": words}, rng.integers(0, 5, 16))
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    torch.manual_seed(0)
+    return Task(
+        "reader",
+        Reader().eval(),
+        (
+            TensorSpec("image", "float32", ("batch", 3, 8, 8), "image"),
+            TensorSpec("words", "int64", ("batch", 6), "text"),
+        ),
+        ("logits",),
+        batches,
+        lambda outputs, y: F.cross_entropy(outputs["logits"], y),
+        Metric("accuracy", accuracy),
+    )
+
+
+@pytest.fixture(scope="module")
+def quantized(task, tmp_path_factory) -> tuple[Network, Path]:
+    from mmedge.progress import Progress
+    from mmedge.stages.base import Context
+
+    context = Context(task, task.model, 0, Progress(), lambda name, inputs, compute: compute())
+    stage = Quantize(Quantize.Config(calibration={"samples": 32}))
+    network = stage.restore(Network(task.model), stage.run(Network(task.model), context), context)
+    path = tmp_path_factory.mktemp("reader") / "portable.onnx"
+    write(onnx_of(network, task), path)
+    return network, path
+
+
+def answers(target: Target, model: Path, folder: Path, batch: Batch) -> np.ndarray:
+    folder.mkdir()
+    target.build(model, folder)
+    with target.runner(folder, 1) as run:
+        return run(batch.inputs)["logits"]
+
+
+def expected(network: Network, task: Task, batch: Batch) -> np.ndarray:
+    with torch.no_grad():
+        return outputs_of(network.module, as_tensors(batch.inputs), task.outputs)["logits"].numpy()
+
+
+def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def test_float_attention_has_no_shape_arithmetic_and_equals_pytorch(task, tmp_path) -> None:
+    model = onnx_of(Network(task.model), task)
+    kinds = Counter(node.op_type for node in model.graph if "norm" not in (node.name or ""))
+    assert kinds["IsNaN"] == 0
+    assert kinds["Softmax"] == 1
+    write(model, tmp_path / "model.onnx")
+    batch = task.example()
+    found = answers(OnnxRuntime(), tmp_path / "model.onnx", tmp_path / "engine", batch)
+    assert relative_error(found, expected(Network(task.model), task, batch)) < 1e-5
+
+
+class Attend(nn.Module):
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        mask = {"attn_mask": seen.bool()[:, None]} if not self.options.get("is_causal") else {}
+        return F.scaled_dot_product_attention(x, x, x, **mask, **self.options).sum(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.5}, {"is_causal": True}], ids=["mask", "scale", "causal"])
+def test_attention_equals_pytorch_also_for_a_query_that_sees_nothing(options, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+
+    def samples(split: str, seed: int):
+        seen = rng.integers(0, 2, (8, 5, 5))
+        seen[0] = 0  # PyTorch's answer to a row that sees nothing is zero
+        yield Batch({"x": rng.standard_normal((8, 2, 5, 4), dtype=np.float32), "seen": seen}, np.zeros(8))
+
+    specs = (
+        TensorSpec("x", "float32", ("batch", 2, 5, 4), "x"),
+        TensorSpec("seen", "int64", ("batch", 5, 5), "x"),
+    )
+    loss, metric = (lambda outputs, y: outputs["logits"].sum()), Metric("accuracy", accuracy)
+    task = Task("attend", Attend(**options).eval(), specs, ("logits",), samples, loss, metric)
+    write(onnx_of(Network(task.model), task), tmp_path / "model.onnx")
+    batch = task.example()
+    wanted = expected(Network(task.model), task, batch)
+    found = answers(OnnxRuntime(), tmp_path / "model.onnx", tmp_path / "engine", batch)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    if not options.get("is_causal"):
+        assert not wanted[0].any()
+
+
+@pytest.mark.parametrize("target", [OnnxRuntime(), OpenVino()], ids=lambda target: target.name)
+def test_int8_transformer_gives_what_pytorch_gives_on_every_runtime(task, quantized, tmp_path, target) -> None:
+    network, portable = quantized
+    shape_for(portable, target.lowering, tmp_path / "model.onnx")
+    batch = task.example()
+    found = answers(target, tmp_path / "model.onnx", tmp_path / "engine", batch)
+    assert relative_error(found, expected(network, task, batch)) < 0.05
+
+
+def test_openvino_gets_no_pair_that_nothing_int8_reads(quantized, tmp_path) -> None:
+    _, portable = quantized
+    with_pair, without = Lowering(quantized_outputs=True), Lowering()
+    shape_for(portable, with_pair, tmp_path / "with.onnx")
+    shape_for(portable, without, tmp_path / "without.onnx")
+    count = lambda name: len(list(nodes(ir.load(tmp_path / name), "QuantizeLinear")))  # noqa: E731
+    assert count("with.onnx") == count("without.onnx") + 1  # behind the patch embedding
+
+
+def test_onnxruntime_adds_the_bias_inside_of_the_integer_product(quantized, tmp_path) -> None:
+    _, portable = quantized
+    shape_for(portable, OnnxRuntime.lowering, tmp_path / "model.onnx")
+    kinds = Counter(node.op_type for node in ir.load(tmp_path / "model.onnx").graph)
+    assert kinds["MatMulIntegerToFloat"] == 6
+    (tmp_path / "engine").mkdir()
+    coverage = OnnxRuntime().build(tmp_path / "model.onnx", tmp_path / "engine").coverage
+    assert coverage is not None
+    assert coverage.fraction == 1.0
+    assert {name.partition("/")[0] for name in coverage.int8} == {"patch", "q", "k", "v", "o", "up", "down", "head"}
+
+
+@pytest.mark.parametrize("target", [OnnxRuntime(), OpenVino()], ids=lambda target: target.name)
+def test_released_layers_run_in_float_with_their_own_weights(task, quantized, tmp_path, target) -> None:
+    network, portable = quantized
+    released = ("up", "down", "patch")
+    release = Release(released, float_weights(network))
+    shape_for(portable, target.lowering, tmp_path / "model.onnx", release)
+    (tmp_path / "engine").mkdir()
+    coverage = target.build(tmp_path / "model.onnx", tmp_path / "engine").coverage
+    assert coverage is not None
+    assert {name.partition("/")[0] for name in coverage.other} == set(released)
+    assert {name.partition("/")[0] for name in coverage.int8} == {"q", "k", "v", "o", "head"}
+
+
+def test_all_layers_released_the_graph_is_the_float_network(task, quantized, tmp_path) -> None:
+    network, portable = quantized
+    weights = float_weights(network)
+    shape_for(portable, OnnxRuntime.lowering, tmp_path / "model.onnx", Release(tuple(weights), weights))
+    model = ir.load(tmp_path / "model.onnx")
+    assert not list(nodes(model, "QuantizeLinear", "DequantizeLinear"))
+    assert not any(quantized_weight(node.inputs[1]) for node in nodes(model, "MatMul", "Conv", "Gemm"))
+    batch = task.example()
+    found = answers(OnnxRuntime(), tmp_path / "model.onnx", tmp_path / "engine", batch)
+    assert relative_error(found, expected(Network(task.model), task, batch)) < 1e-5
