@@ -234,6 +234,18 @@ def matmul_integer(model: Model) -> None:
     model.graph.node.append(helper.make_node("MatMulInteger", ["f.q", "image.proj.weight.q"], ["i"], name="integer"))
 
 
+def stray_pair(model: Model) -> None:
+    """Quantize the logits, which nothing in INT8 reads."""
+    (logits,) = model.graph.output
+    maker = node(model, "head")
+    maker.output[0] = "float_logits"
+    pair = [
+        helper.make_node("QuantizeLinear", ["float_logits", "image.scale", "image.zero"], ["stray.q"], name="stray/q"),
+        helper.make_node("DequantizeLinear", ["stray.q", "image.scale", "image.zero"], [logits.name], name="stray/dq"),
+    ]
+    model.graph.node.extend(pair)
+
+
 CASES: dict[str, tuple[Callable[[Model], Any], str]] = {
     "non-zero zero point": (lambda model: change(model, "t.zero", np.int8(3)), "QuantizeLinear t/q: its zero point is"),
     "infinite scale": (lambda model: change(model, "t.scale", np.float32(np.inf)), "t/q: its scale is not positive"),
@@ -246,6 +258,7 @@ CASES: dict[str, tuple[Callable[[Model], Any], str]] = {
     "scales along the columns of Gemm(transB)": (set_axis("head", 1, 32), "reader Gemm head, axis 0"),
     "per-channel activation": (per_channel_activation, "image/q: has one scale per channel on an activation"),
     "computed scale": (computed_scale, "image/q: its scale is not a constant"),
+    "stray pair": (stray_pair, "stray/q: no operator that runs in INT8 reads it"),
     "integer operator": (matmul_integer, "MatMulInteger integer: TensorRT has no integer operators"),
 }
 

@@ -113,10 +113,17 @@ def _module_path(node: ir.Node) -> str:
     """``image.blocks.0.conv1`` for a node of that module; ``model`` for one of the top level."""
     weight = node.inputs[1].name if len(node.inputs) > 1 and node.inputs[1] is not None else None
     if weight and weight.endswith(".weight"):  # a fused batch norm would lend the convolution its name
-        return weight.removesuffix(".weight").removeprefix("module.")
+        return _without_wrappers(weight.removesuffix(".weight"))
     scopes = [part.strip(" '\"") for part in node.metadata_props.get(SCOPES, "").strip("[]").split(",")]
     module = next((part for part in reversed(scopes[:-1]) if part), "")
-    return module.removeprefix("module.").removeprefix("module") or "model"
+    return _without_wrappers(module).removeprefix("module") or "model"
+
+
+def _without_wrappers(path: str) -> str:
+    """A path in the user's model: each time a graph is traced, what wraps it adds a ``module.``."""
+    while path.startswith("module."):
+        path = path.removeprefix("module.")
+    return path
 
 
 def write(model: ir.Model, path: Path) -> None:

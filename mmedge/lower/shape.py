@@ -16,7 +16,7 @@ from mmedge.tensors import Array
 
 INLINE_LIMIT = 1_500_000_000  # bytes; a protobuf message ends at 2 GiB
 LARGE_TENSOR = 1 << 16  # bytes; smaller ones, all scales among them, stay in the graph
-VERSION = 2  # raise it when a pass changes: cached engines expire
+VERSION = 3  # raise it when a pass changes: cached engines expire
 
 
 @dataclass(frozen=True)

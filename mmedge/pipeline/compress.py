@@ -145,6 +145,8 @@ class _Run:
             if failed:
                 self.progress.say(f"the line stops after {planned.name}: {failed[0].reason}")
                 break
+        for step in self.steps:
+            step.forget()
         for target, _ in self.targets:
             self.measured.time(target, self.steps, self.job.again == "timing")
             self._keep_so_far()

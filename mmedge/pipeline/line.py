@@ -63,6 +63,10 @@ class Step:
         """``float`` or ``qdq``."""
         return str(self.artifact.about["form"])
 
+    def forget(self) -> None:
+        """Let go of the network's memory; it is rebuilt when it is asked for again."""
+        self.__dict__.pop("network", None)
+
     def float_ancestor(self) -> Step:
         """The latest network before this one, or this one, that is in floating point."""
         step = self
@@ -298,10 +302,15 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         ArtifactError: the disk is full or the place cannot be written.
     """
+    seen: set[int] = set()
+    separate: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        plain = tensor.is_contiguous() and place not in seen and tensor.untyped_storage().nbytes() == tensor.nbytes
+        separate[name] = tensor.detach() if plain else tensor.detach().clone(memory_format=torch.contiguous_format)
+        seen.add(place)
     try:
-        safetensors.torch.save_file(
-            {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, path
-        )
+        safetensors.torch.save_file(separate, path)
     except SafetensorError as err:
         fix = "free some space or choose another --output, then run the same command: it resumes"
         raise ArtifactError(f"the weights could not be written: {err}", where=str(path.parent.parent), fix=fix) from err

@@ -23,6 +23,7 @@ from mmedge.tensors import Array
 
 VERSION = 1  # raise it when a measurement changes: cached values expire
 TIMED_SAMPLES = 16
+LARGE_ENGINE = 512 << 20  # bytes
 NO_RAILS = "this machine has no power rails to read"
 NOT_YET = "not measured yet"
 
@@ -159,7 +160,9 @@ class Measurements:
             budget_s=self.profile.budget_s,
             progress=self.line.progress,
         )
-        with ThreadPoolExecutor(processors()) as pool:  # one process each; they do not compete for memory
+        # One process each. Large ones take turns, so that together they do not need more memory than there is.
+        large = max(cell.engine.size_bytes() for cell in cells) > LARGE_ENGINE
+        with ThreadPoolExecutor(1 if large else processors()) as pool:
             memory = list(pool.map(lambda engine: peak_memory_mib(engine, samples, threads), engines))
         found: dict[str, Any] = {}
         for cell, engine, peak in zip(cells, engines, memory, strict=True):

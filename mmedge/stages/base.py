@@ -122,7 +122,7 @@ def as_tensors(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in inputs.items()}
 
 
-def outputs_of(module: nn.Module, inputs: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+def outputs_of(module: Callable[..., Any], inputs: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
     """Call ``module(**inputs)`` and name what it returns.
 
     Raises:

@@ -97,9 +97,11 @@ def quantized(config: Quantize.Config, network: Network, context: Context) -> Sa
     Raises:
         StageError: there is nothing to quantize, or calibration data does not fit.
     """
-    from mmedge.stages.quantization.prepared import measure_weights, state_of
+    from mmedge.stages.quantization.prepared import measure_weights, own_weights, state_of
 
     prepared, edits = prepare(network, context.task, config.keep_float)
+    if config.smooth is not None or config.rounding != "nearest" or config.bias_correction:
+        own_weights(prepared)
     work = _Work(prepared, config, context, edits)
     seen = _calibrated(work)
     measure_weights(prepared)
@@ -174,10 +176,10 @@ def _with(config: Quantize.Config, settings: Mapping[str, Any]) -> Quantize.Conf
 
 def restored(network: Network, task: Task, saved: Saved) -> Network:
     """The Q/DQ network of a float one, from what was kept of it."""
-    from mmedge.stages.quantization.prepared import converted, with_state
+    from mmedge.stages.quantization.prepared import converted, load_state
 
     prepared, _ = prepare(network, task, saved.edits["keep_float"])
-    prepared = with_state(prepared, saved.tensors)
+    load_state(prepared, saved.tensors)
     return Network(converted(prepared), "qdq", prepared)
 
 

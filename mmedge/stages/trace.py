@@ -6,13 +6,15 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx import Node
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.traceback import preserve_node_meta
 
 from mmedge.errors import StageError
 from mmedge.stages.base import as_tensors, outputs_of
@@ -27,7 +29,7 @@ class _Named(nn.Module):
         self.module = module
 
         def forward(**tensors: Tensor) -> tuple[Tensor, ...]:
-            return tuple(outputs_of(module, tensors, outputs).values())
+            return tuple(outputs_of(_callable(module), tensors, outputs).values())
 
         # torch.export reads the names of the inputs from the signature and does not take ``**kwargs`` for one.
         kind = inspect.Parameter.KEYWORD_ONLY
@@ -35,6 +37,19 @@ class _Named(nn.Module):
             [inspect.Parameter(name, kind) for name in inputs]
         )
         self.forward = forward
+
+
+def _callable(module: nn.Module) -> Callable[..., Any]:
+    """How to call a module while it is traced. A graph is walked node by node, so that nodes keep their module's name."""
+    if not isinstance(module, GraphModule):
+        return module
+    names = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
+
+    def walk(**tensors: Tensor) -> Any:
+        with preserve_node_meta():
+            return Interpreter(module).run(*(tensors[name] for name in names))
+
+    return walk
 
 
 def program_of(module: nn.Module, task: Task) -> ExportedProgram:

@@ -77,7 +77,7 @@ class Target(ABC):
     """
 
     name: ClassVar[str]
-    lowering: ClassVar[Lowering] = Lowering()
+    lowering: Lowering = Lowering()
     version: ClassVar[int] = 1  # raise it when builds change: cached engines expire
 
     @abstractmethod

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mmedge.targets.onnx_graph import Graph, attribute, label
+from mmedge.targets.onnx_graph import OPERANDS, Graph, attribute, label
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
+# They pass INT8 on; and what runs in INT8 where what it reads is.
+_PASSING = {"DequantizeLinear", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Cast", "Concat"}
+_FOLLOWING = {"Add", "MaxPool", "AveragePool", "GlobalAveragePool"}
 _INTEGER_OPERATORS = {
     "QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger", "DynamicQuantizeLinear",
 }  # fmt: skip
@@ -36,6 +39,7 @@ def _problems(graph: Graph, node: NodeProto) -> Iterator[str]:
         yield from _type_problems(graph, node)
         yield from _scale_problems(graph, node)
         yield from _axis_problems(graph, node)
+        yield from _stray_problems(graph, node)
 
 
 def _type_problems(graph: Graph, node: NodeProto) -> Iterator[str]:
@@ -110,6 +114,33 @@ def _axis_problems(graph: Graph, node: NodeProto) -> Iterator[str]:
                 f"has its scales along axis {axis} of the weight of {reader.op_type} {label(reader)}, which TensorRT "
                 f"then runs in float; quantize along the output channels, axis {expected}"
             )
+
+
+def _stray_problems(graph: Graph, node: NodeProto) -> Iterator[str]:
+    """A pair on an activation that feeds nothing in INT8 stays a round trip of its own between float kernels."""
+    if node.op_type != "QuantizeLinear" or graph.is_constant(node.input[0]):
+        return
+    readers = [reader for reader, _ in graph.readers.get(node.output[0], [])]
+    while readers:
+        reader = readers.pop()
+        if reader.op_type in _PASSING:
+            readers += [each for name in reader.output for each, _ in graph.readers.get(name, [])]
+        elif _runs_in_int8(graph, reader):
+            return
+    yield "no operator that runs in INT8 reads it, so it only rounds; take the pair away"
+
+
+def _runs_in_int8(graph: Graph, node: NodeProto) -> bool:
+    if node.op_type not in OPERANDS:
+        return node.op_type in _FOLLOWING
+    return all(_comes_dequantized(graph, name) for name in node.input[:2])
+
+
+def _comes_dequantized(graph: Graph, name: str) -> bool:
+    source = graph.producer.get(name)
+    while source is not None and source.op_type in _PASSING - {"DequantizeLinear"}:
+        source = graph.producer.get(source.input[0])
+    return source is not None and source.op_type == "DequantizeLinear"
 
 
 def _channel_axes(graph: Graph, weight: str, rank: int) -> Iterator[tuple[NodeProto, int]]:

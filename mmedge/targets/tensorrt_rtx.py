@@ -28,21 +28,31 @@ class TensorRtRtx(Target):
     Args:
         compute_capabilities: of ``COMPUTE_CAPABILITIES``. SM75 (Turing) has no INT8 matrix products here.
         max_batch: the largest batch that the engine accepts; it is tuned for 1.
+        half: compute in float16 what is not INT8.
 
     Raises:
         UsageError: an unknown compute capability.
     """
 
     name = "tensorrt-rtx"
-    lowering = Lowering()
 
-    def __init__(self, compute_capabilities: Sequence[str] = ("SM86", "SM89", "SM120"), max_batch: int = 8) -> None:
+    def __init__(
+        self,
+        compute_capabilities: Sequence[str] = ("SM86", "SM89", "SM120"),
+        max_batch: int = 8,
+        half: bool = False,
+    ) -> None:
         for capability in compute_capabilities:
             if capability not in COMPUTE_CAPABILITIES:
                 problem, fix = unknown("compute capability", capability, COMPUTE_CAPABILITIES)
                 raise UsageError(problem, where=self.name, fix=fix)
         self.compute_capabilities = tuple(compute_capabilities)
         self.max_batch = max_batch
+        self.lowering = Lowering(float_type="float16" if half else "float32")
+
+    def forms(self) -> list[Target]:
+        """float32 and float16: on a GPU an INT8 engine with float32 between its layers is no match for float16."""
+        return [self, TensorRtRtx(self.compute_capabilities, self.max_batch, half=True)]
 
     def check(self) -> dict[str, str]:
         """See ``Target.check``."""

@@ -43,8 +43,8 @@ def correct(prepared: GraphModule, channel_mean: Mapping[str, Tensor]) -> list[C
     a transposed convolution an output position meets one kernel position in ``stride``, on average.
 
     Args:
-        prepared: calibrated, with measured weights. Layers without a bias are left as they are, as the structure of
-            the graph does not change.
+        prepared: calibrated, with measured weights that are its own, not shared with another graph. Layers without
+            a bias are left as they are, as the structure of the graph does not change.
         channel_mean: by ``Range`` path, the mean of every channel, ``(channels,)``.
 
     Returns:

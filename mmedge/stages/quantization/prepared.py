@@ -155,21 +155,31 @@ def measure_weights(prepared: GraphModule) -> None:
 
 
 def state_of(prepared: GraphModule) -> dict[str, Tensor]:
-    """All that is to be kept: weights and ranges."""
-    return {name: tensor.detach().clone().contiguous() for name, tensor in prepared.state_dict().items()}
+    """All that is to be kept: weights and ranges, not copied."""
+    return {name: tensor.detach() for name, tensor in prepared.state_dict().items()}
 
 
-def copied(graph: GraphModule) -> GraphModule:
-    """A deep copy; PyTorch warns of its own internals when it makes one."""
-    with quiet():
-        return copy.deepcopy(graph)
+def load_state(prepared: GraphModule, state: Mapping[str, Tensor]) -> GraphModule:
+    """Put other weights and ranges into a prepared graph; the tensors of ``state`` themselves, not copies."""
+    prepared.load_state_dict(dict(state), strict=True, assign=True)
+    return prepared
 
 
 def with_state(prepared: GraphModule, state: Mapping[str, Tensor]) -> GraphModule:
     """A copy of a prepared graph with other weights and ranges."""
-    fresh = copied(prepared)
-    fresh.load_state_dict(dict(state), strict=True)
-    return fresh
+    return load_state(copied(prepared, share_weights=True), state)
+
+
+def own_weights(prepared: GraphModule) -> None:
+    """Give a graph copies of its weights: tracing a module leaves it the module's own, which must not change."""
+    load_state(prepared, {name: tensor.clone() for name, tensor in state_of(prepared).items()})
+
+
+def copied(graph: GraphModule, share_weights: bool = False) -> GraphModule:
+    """A copy of a graph, with its own weights unless they are to be shared."""
+    shared = {id(tensor): tensor for tensor in graph.parameters()} if share_weights else {}
+    with quiet():  # PyTorch warns of its own internals when it copies one
+        return copy.deepcopy(graph, shared)
 
 
 def converted(prepared: GraphModule) -> GraphModule:
@@ -177,4 +187,4 @@ def converted(prepared: GraphModule) -> GraphModule:
     with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-        return convert_pt2e(copied(prepared))
+        return convert_pt2e(copied(prepared, share_weights=True))

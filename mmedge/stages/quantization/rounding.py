@@ -57,8 +57,8 @@ def compensate(prepared: GraphModule, inputs: Iterable[Mapping[str, Tensor]]) ->
     are taken in waves of bounded memory; a wave sees what the layers before it have become.
 
     Args:
-        prepared: calibrated, with measured weights; its weights are changed in place. Do not measure them again
-            afterwards: the scale is part of the choice.
+        prepared: calibrated, with measured weights that are its own, not shared with another graph: they are changed
+            in place. Do not measure them again afterwards: the scale is part of the choice.
         inputs: samples by input name, as many at a time as one forward call may take; walked once per wave.
 
     Returns:

@@ -86,6 +86,7 @@ def _ranges(layer: object) -> tuple[str, str]:
 def trained(prepared: GraphModule, graph: GraphModule) -> GraphModule:
     """A prepared graph with the weights that a simulated copy of it was trained to, and their ranges."""
     state = prepared.state_dict()
-    fresh = with_state(prepared, {**state, **{k: v for k, v in graph.state_dict().items() if k in state}})
+    learnt = {name: tensor.detach() for name, tensor in graph.state_dict().items() if name in state}
+    fresh = with_state(prepared, {**state, **learnt})
     measure_weights(fresh)
     return fresh

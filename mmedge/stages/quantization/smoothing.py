@@ -61,8 +61,9 @@ def smooth(prepared: GraphModule, channel_largest: Mapping[str, Tensor], alpha: 
     attention: the factors of an output projection go into the value projection, where the heads allow it.
 
     Args:
-        prepared: changed in place. Ranges of weights are measured again; ranges of smoothed activations become their
-            largest magnitude, until they are calibrated again.
+        prepared: changed in place; its weights are its own, not shared with another graph. Ranges of weights are
+            measured again; ranges of smoothed activations become their largest magnitude, until they are calibrated
+            again.
         channel_largest: by ``Range`` path, the largest magnitude of every channel, ``(channels,)``.
         alpha: how much of the difficulty goes to the weights: 0 nothing of the activations' spread, 1 all.
 
