@@ -204,3 +204,15 @@ def test_all_layers_released_the_graph_is_the_float_network(task, quantized, tmp
     batch = task.example()
     found = answers(OnnxRuntime(), tmp_path / "model.onnx", tmp_path / "engine", batch)
     assert relative_error(found, expected(Network(task.model), task, batch)) < 1e-5
+
+
+def test_parts_of_a_concatenation_keep_their_shared_scale_and_run_in_int8(small_task, context_of, tmp_path) -> None:
+    stage = Quantize(Quantize.Config(calibration={"samples": 64}))
+    context = context_of(small_task)
+    network = stage.restore(Network(small_task.model), stage.run(Network(small_task.model), context), context)
+    write(onnx_of(network, small_task), tmp_path / "portable.onnx")
+    shape_for(tmp_path / "portable.onnx", OnnxRuntime.lowering, tmp_path / "model.onnx")
+    (tmp_path / "engine").mkdir()
+    coverage = OnnxRuntime().build(tmp_path / "model.onnx", tmp_path / "engine").coverage
+    assert coverage is not None
+    assert not coverage.other

@@ -139,6 +139,8 @@ def _feeds_int8(dequantize: ir.Node) -> bool:
     readers = [use.node for use in dequantize.outputs[0].uses()]
     while readers:
         node = readers.pop()
+        if node.op_type == "Concat" and any(use.node.op_type == "QuantizeLinear" for use in node.outputs[0].uses()):
+            return True  # the parts share the scale of the whole
         if node.op_type in MOVING:
             readers += [use.node for use in node.outputs[0].uses()]
         elif node.op_type in POOLING or _is_residual(node) or _has_int8_weight(node):

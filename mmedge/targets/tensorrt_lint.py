@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # They pass INT8 on; and what runs in INT8 where what it reads is.
 _PASSING = {"DequantizeLinear", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Cast", "Concat"}
-_FOLLOWING = {"Add", "MaxPool", "AveragePool", "GlobalAveragePool"}
+_FOLLOWING = {"QuantizeLinear", "Add", "MaxPool", "AveragePool", "GlobalAveragePool"}
 _INTEGER_OPERATORS = {
     "QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger", "DynamicQuantizeLinear",
 }  # fmt: skip

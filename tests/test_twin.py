@@ -1,0 +1,103 @@
+"""The twin rule on real engines: INT8 is shipped whole, in part, or not at all, and the report says why."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mmedge.pipeline.compress import Job, compress
+from mmedge.progress import Progress
+from mmedge.recipe import Recipe
+from mmedge.report.html import render
+from mmedge.report.model import Report, Result
+from mmedge.report.terminal import show
+
+FRAGILE = f"{Path(__file__).with_name('fragile_task.py')}:task"
+ANY_SPEED, ANY_DROP = 0.0, 1.0
+
+
+def run(folder: Path, twin: dict[str, Any], **changes: Any) -> Report:
+    raw: dict[str, Any] = {
+        "task": FRAGILE,
+        "targets": ["onnxruntime"],
+        "stages": [{"quantize": {"calibration": {"samples": 128, "observer": "minmax"}}}],
+        "twin": {"queries": 64, **twin},
+        "profile": {"queries": 64, "health_samples": 64},
+    }
+    recipe = Recipe.model_validate({**raw, **changes})
+    report, _ = compress(Job(recipe, "twin.yaml", 0, folder, "mmedge compress …"), Progress())
+    assert Report.load(folder) == report
+    return report
+
+
+def last(report: Report) -> Result:
+    (result,) = report.stages[-1].results
+    assert result.twin is not None
+    return result
+
+
+def printed(report: Report, folder: Path) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    show(report, folder, console)
+    return console.export_text()
+
+
+def test_within_both_limits_int8_is_shipped_whole_and_timed_against_its_twin(tmp_path) -> None:
+    report = run(tmp_path / "run", {"min_speedup": ANY_SPEED, "max_drop": ANY_DROP})
+    result = last(report)
+    assert (result.precision, result.twin.shipped, result.twin.backed_off) == ("int8", "int8", {})
+    assert result.int8_coverage == 1.0
+    assert result.twin.precision == "fp32"
+    assert result.twin.speedup == pytest.approx(result.speedup.vs_parent)  # the twin is the baseline's engine
+    assert result.accuracy.drop > 0.3  # what the limit let through: the fragile tower is lost
+
+
+def test_the_most_damaging_group_goes_back_to_float_until_the_accuracy_holds(tmp_path) -> None:
+    report = run(tmp_path / "run", {"min_speedup": ANY_SPEED, "max_drop": 0.02})
+    result = last(report)
+    assert (result.precision, result.twin.shipped) == ("mixed", "mixed")
+    assert list(result.twin.backed_off) == ["fragile.0"]
+    assert "accuracy" in result.twin.backed_off["fragile.0"]
+    assert result.accuracy.drop <= 0.02
+    assert {name.partition("/")[0] for name in result.coverage.other} == {"fragile.0"}
+    damage = report.stages[-1].quantization.sensitivity
+    assert damage["fragile.0"] == max(damage[group] for group in damage if group != "all")
+    assert "in floating point: fragile.0" in printed(report, tmp_path / "run")
+    assert "in floating point: fragile.0" in render(report)
+
+
+def test_int8_that_is_never_fast_enough_is_not_shipped_nor_called_int8(tmp_path) -> None:
+    gates = {"min_int8_coverage": 0.5}
+    report = run(tmp_path / "run", {"min_speedup": 1000.0, "max_drop": ANY_DROP}, gates=gates)
+    result = last(report)
+    assert (result.precision, result.twin.shipped, result.int8_coverage) == ("fp32", "twin", 0.0)
+    assert result.accuracy.drop == 0
+    assert result.artifact == report.stages[0].results[0].artifact
+    assert "at least 1000.00x" in result.twin.reason
+    assert report.verdict == "fail"
+    assert "shipped as its fp32 twin" in printed(report, tmp_path / "run")
+
+
+def test_openvino_is_compared_with_bfloat16_where_the_processor_has_it(tmp_path) -> None:
+    openvino = pytest.importorskip("openvino")
+    native = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    report = run(tmp_path / "run", {"min_speedup": ANY_SPEED, "max_drop": ANY_DROP}, targets=["openvino"])
+    kept = list((tmp_path / "run" / "artifacts").glob("*/openvino.json"))
+    precisions = [json.loads(path.read_text())["precision"] for path in kept]
+    assert sorted(precisions) == (["bf16", "bf16", "f32", "f32"] if native else ["f32", "f32"])
+    assert last(report).twin.precision in (("fp32", "bf16") if native else ("fp32",))
+
+
+def test_where_nothing_can_run_the_report_says_that_it_was_not_compared(tmp_path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    report = run(tmp_path / "run", {}, targets=["tensorrt-rtx"])
+    result = last(report)
+    assert result.twin.shipped == "int8"
+    assert result.twin.precision is None
+    assert "not compared with a higher precision" in result.twin.reason
+    assert "NVIDIA GPU" in result.reasons["twin"]
