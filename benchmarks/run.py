@@ -1,4 +1,4 @@
-"""Run a recipe from nothing and keep its report: python benchmarks/run.py [--recipe NAME] [--output FILE]."""
+"""Run a recipe from nothing and keep its report: python benchmarks/run.py [--recipe NAME] [--task SPEC]."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default="int8_distill")
+    parser.add_argument("--task", help="in place of the recipe's own")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     command = [sys.executable, "-m", "mmedge.cli.main", "compress", "--recipe", options.recipe, "--json"]
+    command += ["--task", options.task] if options.task else []
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
         first = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, check=False)
@@ -31,7 +33,8 @@ def main() -> int:
     if first.returncode not in (0, 3):
         return first.returncode
     report = json.loads(first.stdout)
-    report["command"] = f"mmedge compress --recipe {options.recipe}"
+    task = f" --task {options.task}" if options.task else ""
+    report["command"] = f"mmedge compress --recipe {options.recipe}{task}"
     costs = {"wall_s": round(wall_s, 1), "again_s": round(again_s, 1), "peak_memory_mib": round(peak_mib)}
     output = options.output or RESULTS / f"{options.recipe}-{report['task']['name']}.json"
     output.parent.mkdir(parents=True, exist_ok=True)

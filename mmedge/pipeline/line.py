@@ -23,6 +23,7 @@ from mmedge.pipeline.judge import Judge
 from mmedge.progress import Progress
 from mmedge.recipe import PlannedStage
 from mmedge.stages.base import Context, Network, Saved, as_tensors, outputs_of
+from mmedge.stages.structure import count
 from mmedge.targets.base import Coverage, Target
 from mmedge.task import Task
 from mmedge.tensors import Array
@@ -133,10 +134,12 @@ class Line:
         def fill(folder: Path) -> dict[str, Any]:
             module = self.task.model
             save_tensors(module.state_dict(), folder / "weights.safetensors")
-            facts = {"parameters": sum(p.numel() for p in module.parameters()), "macs": macs_of(module, self.task)}
-            return {"form": "float", "edits": {}, **facts}
+            return {"form": "float", "edits": {}, **self._counted(module)}
 
         return Step(BASELINE, self.store.make("torch", BASELINE, inputs, fill), self)
+
+    def _counted(self, module: torch.nn.Module) -> dict[str, int]:
+        return count(module, as_tensors(self.task.example().inputs), self.task.outputs)
 
     def follow(self, parent: Step, planned: PlannedStage) -> Step:
         """The step that a stage makes of ``parent``: found, or made now."""
@@ -156,10 +159,9 @@ class Line:
             saved = stage.run(parent.network, self.context)
             save_tensors(saved.tensors, folder / "weights.safetensors")
             network = stage.restore(parent.network, saved, self.context)
-            parameters = sum(p.numel() for p in network.module.parameters())
+            facts = self._counted(network.module)
             if network.form == "qdq":  # the graph holds the same weights as integers
-                parameters = parent.artifact.about["parameters"]
-            facts = {"parameters": parameters, "macs": macs_of(network.module, self.task)}
+                facts["parameters"] = parent.artifact.about["parameters"]
             return {"form": network.form, "edits": dict(saved.edits), **facts}
 
         artifact = self.store.make("torch", planned.name, inputs, fill, parent.artifact)
@@ -277,16 +279,6 @@ def write_names(path: Path, about: Mapping[str, Any]) -> None:
     import json
 
     path.write_text(json.dumps({"inputs": [spec["name"] for spec in about["inputs"]], "outputs": about["outputs"]}))
-
-
-def macs_of(module: torch.nn.Module, task: Task) -> int:
-    """Multiply-accumulates for one sample: half of what PyTorch's counter finds in convolutions and matrix products."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    inputs = as_tensors({name: array[:1] for name, array in task.example().inputs.items()})
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(**inputs)
-    return int(counter.get_total_flops()) // 2
 
 
 def versions_of(*packages: str) -> dict[str, str]:
