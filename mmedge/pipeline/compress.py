@@ -128,8 +128,10 @@ class _Run:
         store = Store(folder.artifacts, job.command, progress.say)
         digest = digest_of_task(task)
         store.values("check", {"task": digest, "samples": QUICK_CHECK}, lambda: check_splits(task, QUICK_CHECK))
-        runnable = [target for target, _ in targets if target.cannot_run() is None and target.lowering.format == "onnx"]
-        judge = Judge(task, runnable[0], job.recipe.profile.threads, progress) if runnable else None
+        onnx = [target for target, _ in targets if target.lowering.format == "onnx"]
+        runnable = [target for target in onnx if target.cannot_run() is None]
+        others = [target for target in onnx if target not in runnable[:1]]
+        judge = Judge(task, runnable[0], others, job.recipe.profile.threads, progress) if runnable else None
         self.line = Line(task, digest, store, job.seed, progress, judge)
         self.measured = Measurements(self.line, job.recipe.profile, job.recipe.twin)
         self.environment = environment()

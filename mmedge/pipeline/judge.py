@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +31,14 @@ class Judge:
     Attributes:
         task: data and metric. The test split is never looked at.
         target: one that runs engines here.
+        others: the run's other targets: a network that one of them cannot build is none.
         threads: of the engines while they are timed.
         progress: for the user.
     """
 
     task: Task
     target: Target
+    others: Sequence[Target]
     threads: int
     progress: Progress
 
@@ -70,9 +72,16 @@ class Judge:
             source.mkdir()
             folder.mkdir()
             write(onnx_of(network, self.task), source / "portable.onnx")
-            shape_for(source / "portable.onnx", self.target.lowering, source / "model.onnx")
-            self.target.build(source / "model.onnx", folder)
+            for number, other in enumerate(self.others):
+                elsewhere = Path(name, str(number))
+                elsewhere.mkdir()
+                self._build(other, source, elsewhere)
+            self._build(self.target, source, folder)
             yield folder
+
+    def _build(self, target: Target, source: Path, folder: Path) -> None:
+        shape_for(source / "portable.onnx", target.lowering, source / "model.onnx")
+        target.build(source / "model.onnx", folder)
 
     def _value(self, folder: Path) -> float:
         with self.target.runner(folder, processors()) as run:

@@ -84,7 +84,8 @@ class Step:
     @property
     def groups(self) -> dict[str, list[str]]:
         """INT8 layers of a Q/DQ network by the group in which they may go back to floating point."""
-        return dict(self._quantization.get("groups") or {"all": list(self._quantization.get("quantized", ()))})
+        layers = list(self._quantization.get("quantized", ()))
+        return dict(self._quantization.get("groups") or ({"all": layers} if layers else {}))
 
     @property
     def damage(self) -> dict[str, float]:

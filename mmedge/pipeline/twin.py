@@ -133,10 +133,14 @@ class _Search:
             return Settled(self.int8, self.twin, "int8", self._figures(drop, speedup))
         given_back: dict[str, str] = {}
         engine = self.int8
-        if drop > self.rules.rule.max_drop:
+        if self.step.groups and drop > self.rules.rule.max_drop:
             engine, given_back = self._repair_accuracy(drop)
             times = self.rules._times([self.twin, engine])
-        if self._drop(engine) <= self.rules.rule.max_drop and self._speedup(engine, times) < self._least:
+        if (
+            self.step.groups
+            and self._drop(engine) <= self.rules.rule.max_drop
+            and self._speedup(engine, times) < self._least
+        ):
             engine, given_back = self._repair_speed(engine, given_back)
             times = self.rules._times([self.twin, engine])
         drop, speedup = self._drop(engine), self._speedup(engine, times)

@@ -51,6 +51,8 @@ class Quantize(Stage):
 
         Attributes:
             dtype: ``int8``; symmetric, per tensor for activations, per output channel for weights.
+            placement: ``tensorrt`` can be lowered to every target; ``x86`` is neural-compressor's, for processors alone
+                (uint8 activations with zero points) and without the repairs below.
             calibration: how ranges are found.
             keep_float: patterns of layer names that stay floating point (``head``, ``audio.*``).
             smooth: SmoothQuant's alpha: moves outliers of activations into weights, exactly; null leaves it out.
@@ -62,6 +64,7 @@ class Quantize(Stage):
         """
 
         dtype: Literal["int8"] = "int8"
+        placement: Literal["tensorrt", "x86"] = "tensorrt"
         calibration: Calibration = Calibration()
         keep_float: tuple[str, ...] = ()
         smooth: float | None = Field(None, ge=0, le=1)
@@ -79,6 +82,14 @@ class Quantize(Stage):
     def restore(self, network: Network, saved: Saved, context: Context) -> Network:
         """The Q/DQ graph with the ranges that calibration found."""
         return restored(network, context.task, saved)
+
+
+def _for_x86(config: Quantize.Config, network: Network, context: Context) -> Saved:
+    from mmedge.stages.quantization.x86 import x86_state
+
+    samples = _inputs(context.task, config.calibration.samples)
+    edits = {"placement": "x86", "keep_float": [], "quantized": [], "skipped": {}, "groups": {}}
+    return Saved(x86_state(graph_of(network.module, context.task), samples), edits)
 
 
 @dataclass
@@ -99,6 +110,8 @@ def quantized(config: Quantize.Config, network: Network, context: Context) -> Sa
     """
     from mmedge.stages.quantization.prepared import measure_weights, own_weights, state_of
 
+    if config.placement == "x86":
+        return _for_x86(config, network, context)
     prepared, edits = prepare(network, context.task, config.keep_float)
     if config.smooth is not None or config.rounding != "nearest" or config.bias_correction:
         own_weights(prepared)
@@ -119,6 +132,7 @@ def tuned(config: Quantize.Config, tune: Tune, network: Network, context: Contex
     """
     from mmedge.stages.quantization.tuning import Candidate, candidates, search
 
+    x86 = Candidate("neural-compressor's x86 placement", {**_settings_of(config), "placement": "x86"})
     where = f"task {context.task.name}: quantize.tune"
     if context.judge is None:
         raise StageError("no target of this run can run engines here", where=where, fix="leave tune out, or add one")
@@ -134,7 +148,7 @@ def tuned(config: Quantize.Config, tune: Tune, network: Network, context: Contex
     worst_first = sorted(first.get("groups", {}).items(), key=lambda group: -damage[group[0]])
     accepted, trials = search(
         network.module,
-        candidates(_settings_of(config), worst_first),
+        [*candidates(_settings_of(config), worst_first), x86],
         apply,
         lambda result: judge(network, result[1]),
         max_drop=tune.max_drop,
@@ -158,6 +172,7 @@ def tuned(config: Quantize.Config, tune: Tune, network: Network, context: Contex
 def _settings_of(config: Quantize.Config) -> dict[str, Any]:
     """What the search may change, flat."""
     return {
+        "placement": "tensorrt",
         "observer": config.calibration.observer,
         "percentile": config.calibration.percentile,
         "smooth": config.smooth,
@@ -168,7 +183,7 @@ def _settings_of(config: Quantize.Config) -> dict[str, Any]:
 
 
 def _with(config: Quantize.Config, settings: Mapping[str, Any]) -> Quantize.Config:
-    own = {name: settings[name] for name in ("smooth", "rounding", "bias_correction")}
+    own = {name: settings[name] for name in ("placement", "smooth", "rounding", "bias_correction")}
     ranges = {name: settings[name] for name in ("observer", "percentile")}
     calibration = config.calibration.model_copy(update=ranges)
     return config.model_copy(update={**own, "calibration": calibration, "keep_float": tuple(settings["keep_float"])})
@@ -176,6 +191,10 @@ def _with(config: Quantize.Config, settings: Mapping[str, Any]) -> Quantize.Conf
 
 def restored(network: Network, task: Task, saved: Saved) -> Network:
     """The Q/DQ network of a float one, from what was kept of it."""
+    if saved.edits.get("placement") == "x86":
+        from mmedge.stages.quantization.x86 import x86_restore
+
+        return Network(x86_restore(graph_of(network.module, task), saved.tensors), "qdq")
     from mmedge.stages.quantization.prepared import converted, load_state
 
     prepared, _ = prepare(network, task, saved.edits["keep_float"])
@@ -229,7 +248,7 @@ def _repair(work: _Work, seen: Mapping[str, Any]) -> None:
     if work.config.rounding == "compensated":
         from mmedge.stages.quantization.rounding import compensate
 
-        work.edits["rounded"] = [_told(each) for each in compensate(work.prepared, _inputs(work, 128))]
+        work.edits["rounded"] = [_told(each) for each in compensate(work.prepared, _inputs(work.context.task, 128))]
     if work.config.bias_correction:
         from mmedge.stages.quantization.bias import correct
 
@@ -243,7 +262,7 @@ def _sensitivity(work: _Work, network: Network) -> dict[str, float]:
     named = groups(work.edits["quantized"])
     work.edits["groups"] = named
     work.context.progress.say(f"sensitivity of {len(named)} groups of layers")
-    inputs = _inputs(work, work.config.sensitivity_samples)
+    inputs = _inputs(work.context.task, work.config.sensitivity_samples)
     return sensitivity(work.prepared, network.module, inputs, work.context.task.outputs, named)
 
 
@@ -252,12 +271,12 @@ def _told(found: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(found).items() if value == value}
 
 
-def _inputs(work: _Work, samples: int) -> list[dict[str, Tensor]]:
+def _inputs(task: Task, samples: int) -> list[dict[str, Tensor]]:
     """The first calibration samples, batch by batch."""
     found: list[dict[str, Tensor]] = []
     count = 0
     with torch.no_grad():
-        for batch in work.context.task.stream("calibration"):
+        for batch in task.stream("calibration"):
             size = min(len(batch), samples - count)
             found.append(as_tensors({name: array[:size] for name, array in batch.inputs.items()}))
             count += size

@@ -40,7 +40,7 @@ class _Named(nn.Module):
 
 
 def _callable(module: nn.Module) -> Callable[..., Any]:
-    """How to call a module while it is traced. A graph is walked node by node, so that nodes keep their module's name."""
+    """How to call a module while it is traced. A graph is walked node by node: its nodes keep their modules' names."""
     if not isinstance(module, GraphModule):
         return module
     names = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
@@ -84,10 +84,11 @@ def _rows(tensor: Tensor, count: int) -> Tensor:
 
 
 def layer_name(node: Node) -> str:
-    """The module path a node came from (``image.blocks.0.conv1``), or the node's own name."""
+    """The module path a node came from (``image.blocks.0.conv1``), or the node's own name at the top level."""
     stack = node.meta.get("nn_module_stack")
     path = next(reversed(stack.values()))[0] if stack else ""
-    return path.removeprefix("L['self'].").removeprefix("module.") or node.name
+    path = path.removeprefix("L['self'].").removeprefix("module.")
+    return path if path not in ("", "module") else node.name
 
 
 def graph_of(module: nn.Module, task: Task) -> torch.fx.GraphModule:
