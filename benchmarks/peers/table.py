@@ -1,0 +1,102 @@
+"""Print the comparison as Markdown: python benchmarks/peers/table.py [benchmarks/results/peers-TASK.json ...]."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent.parent / "results"
+FLOATS = ("fp32", "bf16")
+OURS = "mmedge"
+HEAD = "| runtime | tool | accuracy | drop | cosine | {} | vs. FP32 | vs. fastest peer | INT8 | conversion | memory |"
+
+Row = dict[str, Any]
+
+
+def main(paths: list[Path]) -> None:
+    for path in paths or sorted(RESULTS.glob("peers-*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        show(result)
+
+
+def show(result: dict[str, Any]) -> None:
+    """One task: what was measured how, the headline, the table."""
+    machine, timing, task = result["machine"], result["timing"], result["task"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    print(f"### {task['name']}\n")
+    print(f"`{result['command']}` took {result['wall_s'] / 60:.0f} minutes on {machine['cpu']},")
+    print(f"{machine['processors']} processors; {versions}; {task['calibration_samples']} calibration samples;")
+    print(f"{timing['processes']} processes of up to {timing['queries']} rounds.\n")
+    threads = [str(count) for count in timing["threads"]]
+    for runtime in ("onnxruntime", "openvino"):
+        rows = [row for row in result["rows"] if row["runtime"] == runtime]
+        best = {count: fastest(rows, count, result["max_drop"]) for count in threads}
+        for count in threads:
+            print(headline(runtime, rows, best[count], count, result["max_drop"]))
+        print()
+        print(HEAD.format(" | ".join(f"p50, {count} thr." for count in threads)))
+        print("|" + "---|" * (10 + len(threads)))
+        for row in rows:
+            print(line(row, threads, best[threads[0]], task["metric"]))
+        print()
+
+
+def fastest(rows: list[Row], threads: str, max_drop: float) -> Row | None:
+    """The peer's row with the lowest p50 among those that keep the accuracy."""
+    peers = [row for row in rows if row["tool"] not in FLOATS and not row["tool"].startswith(OURS)]
+    able = [row for row in peers if row.get("latency_ms") and row["drop"] <= max_drop]
+    return min(able, key=lambda row: row["latency_ms"][threads]["p50"], default=None)
+
+
+def headline(runtime: str, rows: list[Row], best: Row | None, threads: str, max_drop: float) -> str:
+    """mmedge against the fastest peer; a blank where there is no such pair."""
+    ours = next((row for row in rows if row["tool"] == OURS and row.get("latency_ms")), None)
+    if best is None or ours is None:
+        return f"- {runtime}, {threads} thread(s): nothing to compare"
+    found = best["latency_ms"][threads]["vs_mmedge"]
+    ratio = f"{1 / found['value']:.2f}×"
+    if found["ci95"]:
+        ratio += f" ({1 / found['ci95'][1]:.2f}–{1 / found['ci95'][0]:.2f})"
+    each = [1 / value for value in found["per_process"]]
+    spread = f"{min(each):.2f}–{max(each):.2f} between processes"
+    whom = f"the fastest peer with a drop of at most {max_drop:g} ({best['tool']} {best['variant']})"
+    return f"- {runtime}, {threads} thread(s): mmedge runs at {ratio} the speed of {whom}; {spread}"
+
+
+def line(row: Row, threads: list[str], best: Row | None, metric: str) -> str:
+    """One row of the table; the ratios are those of the first number of threads."""
+    precision = (row["conversion"] or {}).get("precision")
+    name = f"{row['tool']} {row['variant']}".strip() + (f" (ships {precision})" if precision else "")
+    cost = conversion(row["conversion"])
+    if not row.get("latency_ms"):
+        why = (row["error"] or "not measured").replace("|", "/")
+        return f"| {row['runtime']} | {name} | {why} |" + " – |" * (6 + len(threads)) + f" {' | '.join(cost)} |"
+    accuracy = f"{row['accuracy']['value']:.2%}" if metric == "accuracy" else f"{row['accuracy']['value']:.4f}"
+    latency = row["latency_ms"]
+    first = latency[threads[0]]
+    coverage = f"{row['int8_coverage']:.0%}" if row["int8_coverage"] is not None else "–"
+    against = f"{best['latency_ms'][threads[0]]['p50'] / first['p50']:.2f}×" if best else "–"
+    drop = f"{100 * row['drop']:.2f}" if metric == "accuracy" else f"{row['drop']:.4f}"
+    cells = [row["runtime"], name, accuracy, drop, f"{row['cosine']:.4f}"]
+    cells += [f"{latency[count]['p50']:.2f} ms" for count in threads]
+    cells += [speed(first["vs_fp32"]), against, coverage, *cost]
+    return f"| {' | '.join(cells)} |"
+
+
+def speed(ratio: dict[str, Any]) -> str:
+    """A ratio with its interval."""
+    interval = f" ({ratio['ci95'][0]:.2f}–{ratio['ci95'][1]:.2f})" if ratio["ci95"] else ""
+    return f"{ratio['value']:.2f}×{interval}"
+
+
+def conversion(found: dict[str, Any] | None) -> list[str]:
+    """Time and memory that the conversion took."""
+    if not found:
+        return ["–", "–"]
+    return [f"{found['seconds']:.0f} s", f"{found['peak_memory_mib'] / 1024:.1f} GiB"]
+
+
+if __name__ == "__main__":
+    main([Path(name) for name in sys.argv[1:]])

@@ -1,0 +1,74 @@
+"""``scene_clip``: which caption goes with which picture of coloured shapes, by a tower for each.
+
+A trained network of 3.1 M parameters. ``data`` says what is matched, ``model`` what is compressed, ``train_teacher``
+how the weights came to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from mmedge.task import Batch, Metric, Split, Task
+from mmedge.tasks.scene_clip import data
+from mmedge.tasks.scenes import IMAGE_SIZE, WORDS
+from mmedge.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmedge.tasks.scene_clip.model import SceneClip
+
+TEMPERATURE = 0.05
+
+
+def batches(split: Split, seed: int) -> Iterator[Batch]:
+    """The pairs of a split in batches of 64; only those for training depend on ``seed``."""
+    for drawn, ids in data.batches(split, seed):
+        yield Batch({"image": drawn.image, "caption": drawn.captions.tokens()}, drawn.captions.ids, ids)
+
+
+def loss(outputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+    """Symmetric InfoNCE (van den Oord et al., 2018) within the batch; pairs with the same caption are all positives."""
+    near = outputs["image_embedding"] @ outputs["text_embedding"].T / TEMPERATURE
+    same = (targets[:, None] == targets).to(near.dtype)
+    same = same / same.sum(dim=1, keepdim=True)
+    return -(same * (near.log_softmax(dim=1) + near.T.log_softmax(dim=1))).sum(dim=1).mean() / 2
+
+
+def network(
+    image_dim: int = 256, image_heads: int = 4, text_dim: int = 128, text_heads: int = 2, depth: int = 3
+) -> SceneClip:
+    """The network for this task's words, untrained."""
+    from mmedge.tasks.scene_clip.model import SceneClip
+
+    return SceneClip(len(WORDS), data.LENGTH, image_dim, image_heads, text_dim, text_heads, depth)
+
+
+def student() -> SceneClip:
+    """A good quarter of the teacher's cost, untrained: both towers narrower."""
+    return network(image_dim=128, image_heads=2, text_dim=96, text_heads=2, depth=3)
+
+
+def task() -> Task:
+    """The trained model with its data, loss and metric."""
+    from safetensors.torch import load_file
+
+    model = network()
+    # Kept in bfloat16 to halve the file; used in float32.
+    state = load_file(str(files(__package__) / "teacher.safetensors"))
+    model.load_state_dict({name: value.float() for name, value in state.items()})
+    return Task(
+        name="scene_clip",
+        model=model.eval(),
+        inputs=(
+            TensorSpec("image", "float32", ("batch", 3, IMAGE_SIZE, IMAGE_SIZE), "image"),
+            TensorSpec("caption", "int64", ("batch", data.LENGTH), "text"),
+        ),
+        outputs=("image_embedding", "text_embedding"),
+        batches=batches,
+        loss=loss,
+        metric=Metric("recall@1", data.recall_at_1),
+        student=student,
+    )
