@@ -34,7 +34,8 @@ RECIPE = {
     "name": "large",
     "task": "",
     "targets": ["onnxruntime"],
-    "stages": [{"quantize": {"calibration": {"samples": SAMPLES["calibration"]}}}],
+    "stages": [{"quantize": {"calibration": {"samples": SAMPLES["calibration"]}, "sensitivity_samples": 0}}],
+    "twin": {"min_speedup": 0.0, "max_drop": 1.0, "queries": 2, "budget_s": 1},
     "profile": {"queries": 1, "budget_s": 1, "health_samples": 2, "parity_samples": 2},
 }
 

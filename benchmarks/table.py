@@ -1,4 +1,8 @@
-"""Print the README's table from a result file: python benchmarks/table.py benchmarks/results/FILE.json."""
+"""Print the README's tables from result files of benchmarks/run.py.
+
+python benchmarks/table.py FILE          every stage on every target
+python benchmarks/table.py FILE FILE …   the last stage of each run against its float network and its twin
+"""
 
 from __future__ import annotations
 
@@ -33,5 +37,39 @@ def line(stage: str, row: dict) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def summary(paths: list[Path]) -> None:
+    heads = ["recipe, task", "target", "metric, float → INT8", "drop, points", "p50, float → INT8", "over float"]
+    heads += ["over its twin", "layers in INT8"]
+    print(f"| {' | '.join(heads)} |")
+    print(f"|{'---|' * len(heads)}")
+    for path in paths:
+        report = json.loads(path.read_text(encoding="utf-8"))["report"]
+        name = f"{report['recipe']['name']}, {report['task']['name']}"
+        first = {row["target"]: row for row in report["stages"][0]["results"]}
+        for row in report["stages"][-1]["results"]:
+            if row["latency_ms"] is not None:
+                print(short(name, first[row["target"]], row))
+
+
+def short(name: str, before: dict, after: dict) -> str:
+    values = [f"{100 * row['accuracy']['value']:.2f}" for row in (before, after)]
+    speedup, twin = after["speedup"], after["twin"]
+    over = (
+        f"{twin['speedup']:.2f}× ({twin['precision']})" if twin["shipped"] != "twin" else f"ships {twin['precision']}"
+    )
+    cells = [
+        name,
+        after["target"],
+        f"{' → '.join(values)} %",
+        f"{100 * after['accuracy']['drop']:.2f}",
+        f"{before['latency_ms']['p50']:.2f} → {after['latency_ms']['p50']:.2f} ms",
+        f"{speedup['vs_baseline']:.2f}× ({speedup['ci95'][0]:.2f}–{speedup['ci95'][1]:.2f})",
+        over,
+        f"{after['int8_coverage']:.0%}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    files = [Path(name) for name in sys.argv[1:]]
+    main(files[0]) if len(files) == 1 else summary(files)

@@ -48,7 +48,7 @@ def test_shipped_recipe_loads_and_plans(name: str) -> None:
     recipe, stages = planned(find_recipe(name))
     assert recipe.name == name
     assert recipe.description
-    assert len(stages) == len(recipe.stages) > 0
+    assert len(stages) == len(recipe.stages)
 
 
 def test_good_recipe(tmp_path: Path) -> None:

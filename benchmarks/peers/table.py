@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def main(paths: list[Path]) -> None:
-    for path in paths or sorted(RESULTS.glob("peers-*.json")):
+    for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
         show(result)
 
@@ -41,6 +41,39 @@ def show(result: dict[str, Any]) -> None:
         for row in rows:
             print(line(row, threads, best[threads[0]], task["metric"]))
         print()
+
+
+def brief(paths: list[Path]) -> None:
+    """One line per task and runtime: the float network, the fastest peer that keeps the accuracy, mmedge."""
+    heads = ["task, runtime (threads)", "float", "fastest peer within the budget", "drop", "mmedge", "drop"]
+    heads += ["mmedge over that peer"]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for runtime in ("onnxruntime", "openvino"):
+            rows = [row for row in result["rows"] if row["runtime"] == runtime]
+            for count in map(str, result["timing"]["threads"]):
+                best = fastest(rows, count, result["max_drop"])
+                named = {row["tool"]: row for row in rows if row.get("latency_ms")}
+                if best is not None and OURS in named:
+                    label = f"{result['task']['name']}, {runtime} ({count})"
+                    print(brief_line(label, count, named["fp32"], best, named[OURS]))
+
+
+def brief_line(label: str, threads: str, reference: Row, best: Row, ours: Row) -> str:
+    """The line of ``brief`` for one runtime."""
+    ratio = best["latency_ms"][threads]["vs_mmedge"]
+    low, high = (1 / bound for bound in reversed(ratio["ci95"]))
+    cells = [
+        label,
+        f"{reference['latency_ms'][threads]['p50']:.2f} ms",
+        f"{best['tool']} {best['variant']}: {best['latency_ms'][threads]['p50']:.2f} ms",
+        f"{100 * best['drop']:.2f}",
+        f"{ours['latency_ms'][threads]['p50']:.2f} ms",
+        f"{100 * ours['drop']:.2f}",
+        f"{1 / ratio['value']:.2f}× ({low:.2f}–{high:.2f})",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def fastest(rows: list[Row], threads: str, max_drop: float) -> Row | None:
@@ -99,4 +132,6 @@ def conversion(found: dict[str, Any] | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:]])
+    files = [Path(name) for name in sys.argv[1:] if name != "--short"]
+    files = files or sorted(RESULTS.glob("peers-*.json"))
+    brief(files) if "--short" in sys.argv else main(files)

@@ -256,7 +256,6 @@ class Measurements:
     def _twin_json(self, cell: Measured, reasons: dict[str, str]) -> dict[str, Any] | None:
         settled = cell.settled
         if settled is None:
-            reasons["twin"] = "it is no INT8 network"
             return None
         ratio = cell.timing["vs_twin"] if cell.timing else None
         if ratio is None or ratio["ci95"] is None:

@@ -149,7 +149,10 @@ class Result(Reasoned):
         int8_coverage: fraction of the weighted layers that run in INT8; ``coverage`` names them.
         threads: CPU threads the engine was measured with.
         versions: of what built and ran the engine.
+        twin: of an INT8 network; null for others.
     """
+
+    may_be_none = frozenset({"twin"})
 
     target: str
     precision: Precision
