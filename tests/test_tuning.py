@@ -400,7 +400,7 @@ def test_x86_form_has_uint8_activations_with_zero_points_and_int8_weights(x86) -
 def test_x86_form_is_restored_to_the_last_bit_from_tensors_alone(x86) -> None:
     task, graph, batches = x86
     before, nodes = copy.deepcopy(graph.state_dict()), [node.name for node in graph.graph.nodes]
-    kept = load(save(x86_state(graph, batches)))
+    kept = load(save({name: tensor.clone() for name, tensor in x86_state(graph, batches).items()}))
     once = logits(x86_quantized(graph, batches), task, batches[1])
     again = logits(x86_restore(graph_of(task.model, task), kept), task, batches[1])
     assert torch.equal(once, again)
