@@ -172,7 +172,6 @@ MISTAKES = {
         "mine.yaml: stages[2].prune",
         "takes a float network, but gets qdq from stages[1].quantize\n  put it before stages[1].quantize",
     ),
-    "prune after quantize": (HEAD + "stages: [quantize, prune]", "mine.yaml: stages[1].prune", "gets qdq"),
     "quantize twice": (HEAD + "stages: [quantize, quantize]", "mine.yaml: stages[1].quantize", "or leave it out"),
 }
 
