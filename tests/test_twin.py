@@ -83,6 +83,13 @@ def test_int8_that_is_never_fast_enough_is_not_shipped_nor_called_int8(tmp_path)
     assert "shipped as its fp32 twin" in printed(report, tmp_path / "run")
 
 
+def test_a_target_that_cannot_release_single_layers_gets_all_or_nothing(tmp_path) -> None:
+    report = run(tmp_path / "run", {"min_speedup": ANY_SPEED, "max_drop": 0.02}, targets=["torch"])
+    result = last(report)
+    assert (result.precision, result.twin.shipped, result.twin.backed_off) == ("fp32", "twin", {})
+    assert result.accuracy.drop == 0
+
+
 def test_openvino_is_compared_with_bfloat16_where_the_processor_has_it(tmp_path) -> None:
     openvino = pytest.importorskip("openvino")
     native = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -133,11 +133,11 @@ class _Search:
             return Settled(self.int8, self.twin, "int8", self._figures(drop, speedup))
         given_back: dict[str, str] = {}
         engine = self.int8
-        if self.step.groups and drop > self.rules.rule.max_drop:
+        if self._groups and drop > self.rules.rule.max_drop:
             engine, given_back = self._repair_accuracy(drop)
             times = self.rules._times([self.twin, engine])
         if (
-            self.step.groups
+            self._groups
             and self._drop(engine) <= self.rules.rule.max_drop
             and self._speedup(engine, times) < self._least
         ):
@@ -152,6 +152,11 @@ class _Search:
     @property
     def _least(self) -> float:
         return self.rules.rule.min_speedup
+
+    @property
+    def _groups(self) -> dict[str, list[str]]:
+        """What can go back to floating point: only lowering to ONNX can release single layers."""
+        return self.step.groups if self.int8.target.lowering.format == "onnx" else {}
 
     def _good(self, drop: float, speedup: float) -> bool:
         return drop <= self.rules.rule.max_drop and speedup >= self._least
@@ -171,13 +176,13 @@ class _Search:
         )
 
     def _without(self, groups: Sequence[str]) -> Engine:
-        layers = tuple(layer for group in groups for layer in self.step.groups[group])
+        layers = tuple(layer for group in groups for layer in self._groups[group])
         form = self.int8.target
         return Engine(self.rules.line.engine(self.step, form, self.versions, layers), form)
 
     def _repair_accuracy(self, drop: float) -> tuple[Engine, dict[str, str]]:
         """Give back the most damaging groups, twice as many each time, until the budget holds."""
-        order = sorted(self.step.groups, key=lambda group: -self.step.damage.get(group, 0.0))
+        order = sorted(self._groups, key=lambda group: -self.step.damage.get(group, 0.0))
         count, engine = 1, self.int8
         while drop > self.rules.rule.max_drop and count < 2 * len(order):
             given = order[: min(count, len(order))]
@@ -192,7 +197,7 @@ class _Search:
 
     def _repair_speed(self, engine: Engine, given_back: dict[str, str]) -> tuple[Engine, dict[str, str]]:
         """Give back every group that is faster in floating point."""
-        kept = [group for group in self.step.groups if group not in given_back]
+        kept = [group for group in self._groups if group not in given_back]
         trials = {group: self._without([*given_back, group]) for group in kept}
         times = self.rules._times([engine, *trials.values()])
         now = times[engine.artifact.digest]
