@@ -258,7 +258,8 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(finished, recipe_file
 def test_interrupted_it_says_how_to_go_on(recipe_file, tmp_path) -> None:
     folder = tmp_path / "run"
     line = [sys.executable, "-m", "mmedge.cli.main", "compress", "--recipe", str(recipe_file), "--output", str(folder)]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (a shell's background jobs ignore it)
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         wait_for(lambda: list(folder.glob("artifacts/baseline-*/manifest.json")), process)
         os.kill(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=60)
