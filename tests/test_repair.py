@@ -490,7 +490,7 @@ def test_sensitivity_ranks_a_layer_with_a_ruined_range_first(transformer: Calibr
     recalibrated(damaged, draw(1, 8, **TEXT))
     (layer,) = (layer for layer in layers_of(damaged) if layer.name == "blocks.1.up")
     damaged.get_submodule(layer.input_range).bound *= 40
-    names = sensitivity.quantized_layers(damaged)
+    names = tuple(layer.name for layer in layers_of(damaged))
     groups = {name: [name] for name in names}
     batches = draw(2, 2, **TEXT)
     found = sensitivity.sensitivity(damaged, prepared, batches, ("logits",), groups)
@@ -523,7 +523,7 @@ def test_sensitivity_of_the_template(small_task) -> None:
     model = small_task.model.eval()
     batches = [as_tensors(small_task.example().inputs)]
     prepared, _, _ = calibrated(graph_of(model, small_task), batches)
-    groups = sensitivity.towers(sensitivity.quantized_layers(prepared))
+    groups = sensitivity.towers(layer.name for layer in layers_of(prepared))
     assert list(groups) == ["camera", "inertial", "fusion", "head"]
     found = sensitivity.sensitivity(prepared, model, batches, small_task.outputs, groups)
     assert all(0 < value < 0.01 for value in found.values())

@@ -136,12 +136,11 @@ def tuned(config: Quantize.Config, tune: Tune, network: Network, context: Contex
     where = f"task {context.task.name}: quantize.tune"
     if context.judge is None:
         raise StageError("no target of this run can run engines here", where=where, fix="leave tune out, or add one")
-    made: dict[str, Saved] = {}
     judge = context.judge
 
-    def apply(candidate: Candidate) -> tuple[str, Network]:
-        made[candidate.name] = quantized(_with(config, candidate.settings), network, context)
-        return candidate.name, restored(network, context.task, made[candidate.name])
+    def apply(candidate: Candidate) -> Network:
+        quick = _with(config, candidate.settings).model_copy(update={"sensitivity_samples": 0})
+        return restored(network, context.task, quantized(quick, network, context))
 
     first = quantized(config, network, context).edits
     damage = first.get("sensitivity", {})
@@ -150,7 +149,7 @@ def tuned(config: Quantize.Config, tune: Tune, network: Network, context: Contex
         network.module,
         [*candidates(_settings_of(config), worst_first), x86],
         apply,
-        lambda result: judge(network, result[1]),
+        lambda result: judge(network, result),
         max_drop=tune.max_drop,
         min_speedup=tune.min_speedup,
         max_trials=tune.trials,
@@ -160,7 +159,8 @@ def tuned(config: Quantize.Config, tune: Tune, network: Network, context: Contex
     if not judged:
         raise StageError(f"no trial could be judged: {trials[0].reason}", where=where)
     chosen = accepted or min(judged, key=lambda trial: trial.drop or 0.0)
-    saved = made[chosen.candidate.name]
+    # Made once more, not kept: weights of every trial would not fit in memory, and calibration is remembered.
+    saved = quantized(_with(config, chosen.candidate.settings), network, context)
     told = [
         {"name": trial.candidate.name, "drop": trial.drop, "speedup": trial.speedup, "accepted": trial.accepted}
         | {"reason": trial.reason, "chosen": trial is chosen}
@@ -257,13 +257,15 @@ def _repair(work: _Work, seen: Mapping[str, Any]) -> None:
 
 
 def _sensitivity(work: _Work, network: Network) -> dict[str, float]:
-    from mmedge.stages.quantization.sensitivity import groups, sensitivity
+    from mmedge.stages.quantization.sensitivity import groups, sensitivity, towers
 
     named = groups(work.edits["quantized"])
+    whole = {f"{name} (tower)": layers for name, layers in towers(work.edits["quantized"]).items()}
+    whole = {name: layers for name, layers in whole.items() if layers not in named.values()}
     work.edits["groups"] = named
     work.context.progress.say(f"sensitivity of {len(named)} groups of layers")
     inputs = _inputs(work.context.task, work.config.sensitivity_samples)
-    return sensitivity(work.prepared, network.module, inputs, work.context.task.outputs, named)
+    return sensitivity(work.prepared, network.module, inputs, work.context.task.outputs, {**named, **whole})
 
 
 def _told(found: Any) -> dict[str, Any]:

@@ -18,6 +18,11 @@ from mmedge.stages.trace import layer_name, quiet
 TINY = 2.0**-20  # smallest scale: of a tensor that is always zero
 
 
+def scale_of(bound: Tensor) -> Tensor:
+    """The scale with which 127 stands for the largest magnitude."""
+    return (bound / 127).clamp(min=TINY)
+
+
 class Range(ObserverBase):  # type: ignore[misc]
     """The largest magnitude that one INT8 tensor must hold; its scale is that over 127.
 
@@ -27,7 +32,6 @@ class Range(ObserverBase):  # type: ignore[misc]
     """
 
     quant_min, quant_max = -127, 127
-    eps = TINY
     is_dynamic = False
 
     def __init__(self, channel_axis: int | None = None, **unused: Any) -> None:
@@ -49,7 +53,7 @@ class Range(ObserverBase):  # type: ignore[misc]
     @property
     def scale(self) -> Tensor:
         """One float32 scale, or one per channel."""
-        return (self.bound / 127).clamp(min=TINY)
+        return scale_of(self.bound)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """What PT2E asks for: scale and zero point."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from mmedge.stages.base import outputs_of
-from mmedge.stages.quantization.prepared import layers_of
 from mmedge.stages.quantization.simulate import FakeQuantize, enable_only, simulated
 
 ALL = "all"
@@ -103,11 +102,6 @@ def groups(layer_names: Iterable[str]) -> dict[str, list[str]]:
 def towers(layer_names: Iterable[str]) -> dict[str, list[str]]:
     """Layers by the first component of their path."""
     return _by(layer_names, lambda path: path[:1])
-
-
-def quantized_layers(prepared: GraphModule) -> tuple[str, ...]:
-    """Names of the INT8 layers in running order, each once however often it is called."""
-    return tuple(dict.fromkeys(layer.name for layer in layers_of(prepared)))
 
 
 def _by(layer_names: Iterable[str], key: object) -> dict[str, list[str]]:

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from mmedge.stages.quantization.prepared import Range, copied, layers_of, measure_weights, ranges_of, with_state
+from mmedge.stages.quantization.prepared import (
+    Range,
+    copied,
+    layers_of,
+    measure_weights,
+    ranges_of,
+    scale_of,
+    with_state,
+)
 
 
 class FakeQuantize(nn.Module):
@@ -44,11 +52,6 @@ class FakeQuantize(nn.Module):
         return torch.fake_quantize_per_channel_affine(tensor, scale_of(bound), zero, self.channel_axis, *limits)
 
 
-def scale_of(bound: Tensor) -> Tensor:
-    """The scale for a largest magnitude: see ``Range``."""
-    return (bound / 127).clamp(min=Range.eps)
-
-
 def simulated(prepared: GraphModule, follow_weights: bool = False) -> GraphModule:
     """A copy of a calibrated prepared graph that rounds.
 
@@ -73,14 +76,11 @@ def enable_only(graph: GraphModule, prepared: GraphModule, layers: Collection[st
         prepared: what it was made from.
         layers: module paths.
     """
-    wanted = {path for layer in layers_of(prepared) if layer.name in layers for path in _ranges(layer)}
+    chosen = [layer for layer in layers_of(prepared) if layer.name in layers]
+    wanted = {path for layer in chosen for path in (layer.input_range, layer.weight_range)}
     for path, module in graph.named_modules():
         if isinstance(module, FakeQuantize):
             module.enabled = path in wanted
-
-
-def _ranges(layer: object) -> tuple[str, str]:
-    return layer.input_range, layer.weight_range  # type: ignore[attr-defined]
 
 
 def trained(prepared: GraphModule, graph: GraphModule) -> GraphModule:
