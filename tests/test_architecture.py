@@ -145,7 +145,7 @@ DEVICE_SIDE = (
     *("errors", "tensors", "artifact", "progress", "plugins", "targets.base", "targets.checked"),
     *("profile.worker", "profile.latency", "profile.statistics", "profile.single", "report.model", "cli.main"),
     *("task", "recipe", "report.gates", "report.terminal"),
-    *(f"targets.{name}" for name in ("onnxruntime", "openvino", "tensorrt_rtx", "torch")),
+    *(f"targets.{name}" for name in ("onnxruntime", "openvino", "tensorrt.target", "torch")),
 )
 COMMANDS = (
     *(["--help"], ["--version"], ["compress", "--help"], ["profile", "--help"], ["recipe", "list"]),

@@ -26,7 +26,7 @@ from mmedge.stages.overflow import islands, magnitudes
 from mmedge.targets.base import Build, Lowering
 from mmedge.targets.onnxruntime import OnnxRuntime
 from mmedge.targets.openvino import OpenVino
-from mmedge.targets.tensorrt_rtx import TensorRtRtx
+from mmedge.targets.tensorrt.target import TensorRtRtx
 from mmedge.task import Batch, Metric, Task
 from mmedge.tensors import Array, TensorSpec
 

@@ -15,9 +15,9 @@ from small_onnx import LAYERS, Maker, value
 
 from mmedge.errors import TargetError, UsageError
 from mmedge.targets.base import Build
-from mmedge.targets.tensorrt_lint import lint_tensorrt
-from mmedge.targets.tensorrt_log import Kernel, conversions, coverage, read_kernels
-from mmedge.targets.tensorrt_rtx import TensorRtRtx
+from mmedge.targets.tensorrt.lint import lint_tensorrt
+from mmedge.targets.tensorrt.log import Kernel, conversions, coverage, read_kernels
+from mmedge.targets.tensorrt.target import TensorRtRtx
 
 Model = onnx.ModelProto
 
@@ -134,7 +134,7 @@ def test_unknown_compute_capability_is_refused() -> None:
 def log() -> list[str]:
     """The messages of a real build, as the target records them."""
     trt = pytest.importorskip("tensorrt_rtx")
-    from mmedge.targets.tensorrt_rtx import _recorder
+    from mmedge.targets.tensorrt.target import _recorder
 
     recorder = _recorder(trt)
     builder = trt.Builder(recorder)

@@ -13,8 +13,8 @@ from mmedge.errors import TargetError, UsageError, needs_extra, unknown
 from mmedge.targets.base import Build, Lowering, Runner, Target
 from mmedge.targets.checked import checked, reported
 from mmedge.targets.onnx_graph import Graph, label, onnx_version, read_graph
-from mmedge.targets.tensorrt_lint import lint_tensorrt
-from mmedge.targets.tensorrt_log import conversions, coverage, read_kernels
+from mmedge.targets.tensorrt.lint import lint_tensorrt
+from mmedge.targets.tensorrt.log import conversions, coverage, read_kernels
 
 ENGINE = "engine.plan"
 DESCRIPTION = "io.json"
@@ -138,7 +138,7 @@ class TensorRtRtx(Target):
         """
         if reason := self.cannot_run():
             raise TargetError(reason, fix="copy the engine to such a machine and profile it there")
-        from mmedge.targets.cuda_execution import execution
+        from mmedge.targets.tensorrt.execution import execution
 
         description = json.loads((folder / DESCRIPTION).read_text())
         with execution(_tensorrt(), folder / ENGINE, description) as run:
