@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from mmedge.errors import MmedgeError, UsageError, unknown
 
+if TYPE_CHECKING:
+    from mmedge.targets.base import Target
+
 GROUPS = {"task": "mmedge.tasks", "stage": "mmedge.stages", "target": "mmedge.targets"}
+_OPTION = re.compile(r"(\w+)=(\[[^\]]*\]|[^,]*)(?:,|$)")
 
 
 def names(kind: str) -> list[str]:
@@ -36,6 +42,74 @@ def load(kind: str, name: str) -> Any:
 def loaders(kind: str) -> dict[str, Callable[[], Any]]:
     """Every name of one kind with the function that loads it."""
     return {name: partial(load, kind, name) for name in names(kind)}
+
+
+def target_names() -> list[str]:
+    """The installed backends and the devices of the table: what a target's name may begin with."""
+    from mmedge.targets.devices import devices
+
+    return [*names("target"), *devices()]
+
+
+def target(spec: str) -> Target:
+    """The target that ``spec`` names, ready to use.
+
+    Args:
+        spec: a backend or a device of the table, with options if wanted: ``onnxruntime``, ``jetson-agx-orin``,
+            ``onnxruntime:provider=cuda``, ``tensorrt-rtx:compute_capabilities=[SM86,SM89]``. The whole text is the
+            target's name in reports.
+
+    Raises:
+        UsageError: no such backend, device or option, or a value that the option does not take.
+    """
+    from mmedge.targets.devices import find_device
+
+    name, _, text = spec.partition(":")
+    if name not in target_names():
+        problem, fix = unknown("target", name, target_names())
+        raise UsageError(problem, fix=f"{fix}; mmedge target list tells more")
+    options = _options(spec, text)
+    if name in names("target"):
+        maker = load("target", name)
+    else:
+        device = find_device(name)
+        maker = load("target", device.backend)
+        options["device"] = device
+    found: Target = maker(**_fitting(maker, options, spec))
+    found.name = spec
+    return found
+
+
+def _options(spec: str, text: str) -> dict[str, Any]:
+    import yaml
+
+    found = {match[1]: yaml.safe_load(match[2]) for match in _OPTION.finditer(text)}
+    if ",".join(f"{match[1]}={match[2]}" for match in _OPTION.finditer(text)) != text:
+        fix = "write NAME:option=value,option=value with [a,b] for several values"
+        raise UsageError("its options cannot be read", where=f"target {spec!r}", fix=fix)
+    return found
+
+
+def _fitting(maker: type[Target], options: Mapping[str, Any], spec: str) -> dict[str, Any]:
+    """``options`` as the constructor declares them."""
+    from pydantic import TypeAdapter, ValidationError
+
+    hints = get_type_hints(maker.__init__)
+    known = [name for name in inspect.signature(maker).parameters if name in hints]
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in known:
+            if name == "device":
+                raise UsageError(f"target {maker.name!r} is for no device of the table", where=spec)
+            problem, fix = unknown("option", name, [each for each in known if each != "device"])
+            raise UsageError(problem, where=f"target {spec!r}", fix=fix)
+        try:
+            found[name] = TypeAdapter(hints[name]).validate_python(value)
+        except ValidationError as err:
+            problem = f"option {name} does not take {value!r}: {err.errors(include_url=False)[0]['msg']}"
+            fix = "mmedge target show NAME lists the options"
+            raise UsageError(problem, where=f"target {spec!r}", fix=fix) from err
+    return found
 
 
 def _import(kind: str, point: EntryPoint) -> Any:

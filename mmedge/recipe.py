@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import Self
 
 from mmedge import plugins
 from mmedge.errors import RecipeError, UsageError, unknown
@@ -38,6 +39,30 @@ class ProfileConfig(BaseModel):
     budget_s: float = Field(60, gt=0)
     health_samples: int = Field(512, ge=1)
     parity_samples: int = Field(64, ge=1)
+
+
+class BatchConfig(BaseModel):
+    """Batches that an engine takes; it is tuned for ``opt``. All inputs share the batch."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    min: int = Field(1, ge=1)
+    opt: int = Field(1, ge=1)
+    max: int = Field(8, ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError("must be min <= opt <= max")
+        return self
+
+
+class ExportConfig(BaseModel):
+    """What engines are built for: ``export:`` of a recipe. Everything but the batch has a fixed size."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch: BatchConfig = BatchConfig()
 
 
 class TwinConfig(BaseModel):
@@ -80,6 +105,7 @@ class Recipe(BaseModel):
     task: str
     targets: tuple[str, ...] = Field(min_length=1)
     stages: tuple[Annotated[dict[str, dict[str, Any]], BeforeValidator(_one_name)], ...] = ()
+    export: ExportConfig = ExportConfig()
     twin: TwinConfig = TwinConfig()
     profile: ProfileConfig = ProfileConfig()
     gates: GatesConfig = GatesConfig()
@@ -227,10 +253,10 @@ def _numbered(kinds: Iterable[str]) -> list[str]:
 
 def _check_names(recipe: Recipe, where: str) -> None:
     named = [("stage", f"stages[{index}]", name) for index, entry in enumerate(recipe.stages) for name in entry]
-    named += [("target", f"targets[{index}]", name) for index, name in enumerate(recipe.targets)]
+    named += [("target", f"targets[{index}]", name.partition(":")[0]) for index, name in enumerate(recipe.targets)]
     named += [("task", "task", recipe.task)] if ":" not in recipe.task else []
     for kind, place, name in named:
-        if name not in (known := plugins.names(kind)):
+        if name not in (known := plugins.target_names() if kind == "target" else plugins.names(kind)):
             problem, fix = unknown(kind, name, known)
             raise RecipeError(problem, where=f"{where}: {place}", fix=fix)
 

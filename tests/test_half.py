@@ -324,7 +324,7 @@ def test_tensorrt_builds_half_kernels_and_keeps_int8_layers(tmp_path: Path, floa
     def built(path: Path) -> Build:
         folder = path.with_name(f"{path.stem}-rtx")
         folder.mkdir()
-        return TensorRtRtx(compute_capabilities=["SM89"]).build(path, folder)
+        return TensorRtRtx(compute_capabilities=["8.9"]).build(path, folder)
 
     path = small_maker(tmp_path, quantized=True)
     before, after = built(path), built(halved(path))
@@ -397,7 +397,7 @@ def test_engines_hold_both_files_and_outlive_what_they_were_built_from(
 def test_tensorrt_reads_both_files(split: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     (tmp_path / "engine").mkdir()
-    built = TensorRtRtx(compute_capabilities=["SM89"]).build(split, tmp_path / "engine")
+    built = TensorRtRtx(compute_capabilities=["8.9"]).build(split, tmp_path / "engine")
     assert built.facts["engine_bytes"] > split.with_name("model.onnx.data").stat().st_size
 
 

@@ -340,7 +340,7 @@ def mlp(path: Path, width: int, depth: int) -> Path:
 def test_onnxruntime_engines_are_timed_and_weighed(tmp_path: Path) -> None:
     from mmedge import plugins
 
-    target = plugins.load("target", "onnxruntime")()
+    target = plugins.target("onnxruntime")
     engines = []
     for name, width, depth in (("large", 1024, 12), ("small", 16, 1)):
         folder = tmp_path / name

@@ -205,8 +205,8 @@ def archive(folder: Path, by_name: bool) -> tuple[Path, TwoInputs]:
     args, kwargs = ((), example) if by_name else (tuple(example.values()), {})
     program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
     torch.export.save(program, folder / "model.pt2")
-    names = {"inputs": ["image", "audio"], "outputs": ["sum", "double"]}
-    (folder / "io.json").write_text(json.dumps(names))
+    names = {"inputs": [{"name": "image"}, {"name": "audio"}], "outputs": ["sum", "double"]}
+    (folder / "model.json").write_text(json.dumps(names))
     return folder / "model.pt2", module
 
 
@@ -214,7 +214,7 @@ def archive(folder: Path, by_name: bool) -> tuple[Path, TwoInputs]:
 def test_torch_runs_an_archive(tmp_path: Path, by_name: bool) -> None:
     model, module = archive(tmp_path, by_name)
     folder, build = built(Torch(), model)
-    assert sorted(file.name for file in folder.iterdir()) == ["io.json", "model.pt2"]
+    assert sorted(file.name for file in folder.iterdir()) == ["model.json", "model.pt2"]
     assert build.coverage is None
     threads = torch.get_num_threads()
     image, audio = np.ones((3, 4), np.float32), np.full((3, 3), 2, np.float32)
@@ -288,11 +288,13 @@ def test_torch_refuses_archives_that_would_unpickle_objects(tmp_path: Path) -> N
 
 def test_missing_packages_name_the_extra() -> None:
     code = (
-        "import sys\nfor name in ('onnxruntime', 'openvino', 'tensorrt_rtx', 'torch'): sys.modules[name] = None\n"
+        "import sys\n"
+        "for name in ('onnxruntime', 'openvino', 'tensorrt', 'tensorrt_rtx', 'torch'): sys.modules[name] = None\n"
         "from mmedge.errors import TargetError\n"
-        "from mmedge.targets import onnxruntime, openvino, tensorrt_rtx, torch\n"
+        "from mmedge.targets import onnxruntime, openvino, torch\n"
+        "from mmedge.targets.tensorrt.target import TensorRt, TensorRtRtx\n"
         "for target, extra in ((onnxruntime.OnnxRuntime, 'compress'), (openvino.OpenVino, 'openvino'),\n"
-        "                      (tensorrt_rtx.TensorRtRtx, 'rtx'), (torch.Torch, 'compress')):\n"
+        "                      (TensorRtRtx, 'rtx'), (TensorRt, 'tensorrt'), (torch.Torch, 'compress')):\n"
         "    try: target().check()\n"
         "    except TargetError as err: assert f'mmedge[{extra}]' in str(err) and err.exit_status == 4, err\n"
         "    else: raise SystemExit(f'{target} found its package')\n"

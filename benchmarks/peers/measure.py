@@ -93,7 +93,7 @@ class Bench:
         """What the engine says to the test split; None, with the row's ``error`` set, where it cannot run."""
         if row.error or row.folder is None:
             return None
-        target = plugins.load("target", row.engine.target)()
+        target = plugins.target(row.engine.target)
         try:
             with target.runner(row.folder, processors()) as run:
                 return run_split(run, self.ground.task, "test", row.id, progress=self.progress, limit=limit)
@@ -203,7 +203,7 @@ def _coverage(row: Row) -> float | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         try:
-            found = plugins.load("target", row.runtime)().build(model, Path(folder)).coverage
+            found = plugins.target(row.runtime).build(model, Path(folder)).coverage
         except MmedgeError:
             return None
     return found.fraction if found else None

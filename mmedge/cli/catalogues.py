@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mmedge.cli.runs import require_workstation, result_options
-from mmedge.errors import MmedgeError, TargetError, UsageError
+from mmedge.errors import MmedgeError, TargetError, UsageError, unknown
 
 
 @click.group()
@@ -126,28 +126,44 @@ def task_check(spec: str, as_json: bool, quiet: bool, verbose: bool) -> None:
 
 @click.group()
 def target() -> None:
-    """List and show targets: backends that build and run engines."""
+    """List and show targets: backends that build and run engines, and the devices they build for."""
 
 
 @target.command("list")
 @result_options
 def target_list(as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Every target and whether it works here."""
+    """Every backend and whether it works here, and every device of the table."""
     from mmedge import plugins
+    from mmedge.cli.devices import print_targets
+    from mmedge.targets.devices import devices
 
-    found = {}
+    backends = {}
     for name in plugins.names("target"):
         facts = _target_facts(name)
-        found[name] = facts["problem"] or ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
-        found[name] += f"; builds here, does not run: {facts['cannot_run']}" if facts["cannot_run"] else ""
-    _table(found, as_json)
+        backends[name] = facts["problem"] or ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
+        backends[name] += f"; builds here, does not run: {facts['cannot_run']}" if facts["cannot_run"] else ""
+    print_targets(backends, devices(), as_json)
 
 
 @target.command("show")
 @click.argument("name")
 @result_options
 def target_show(name: str, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """What one target needs, has and wants of a graph; exit status 4 when it cannot be used here."""
+    """A backend: what it needs, has and wants of a graph. A device: every figure with its source.
+
+    Exit status 4 when a backend cannot be used here.
+    """
+    from mmedge import plugins
+    from mmedge.cli.devices import print_device
+    from mmedge.targets.devices import devices
+
+    backends, table = plugins.names("target"), devices()
+    if name not in (*backends, *table):
+        problem, fix = unknown("target", name, (*backends, *table))
+        raise UsageError(problem, fix=fix)
+    if name not in backends:
+        print_device(table[name], as_json)
+        return
     facts = _target_facts(name)
     if facts["problem"] and not as_json:
         raise TargetError(facts["problem"], where=name, fix=facts["fix"])
@@ -160,16 +176,12 @@ def target_show(name: str, as_json: bool, quiet: bool, verbose: bool) -> None:
 def _target_facts(name: str) -> dict[str, Any]:
     from mmedge import plugins
 
-    found = plugins.load("target", name)()
-    facts: dict[str, Any] = {"name": name, "about": (found.__doc__ or "").strip().splitlines()[0], "problem": None}
-    facts |= {
-        "fix": None,
-        "versions": {},
-        "cannot_run": None,
-        "options": found.options(),
-        "lowering": vars(found.lowering),
-    }
+    facts: dict[str, Any] = {"name": name, "about": None, "problem": None, "fix": None}
+    facts |= {"versions": {}, "cannot_run": None, "options": {}, "lowering": {}}
     try:
+        found = plugins.load("target", name)()
+        facts |= {"about": (found.__doc__ or "").strip().split("\n")[0], "options": found.options()}
+        facts["lowering"] = vars(found.lowering)
         facts["versions"] = found.check()
         facts["cannot_run"] = found.cannot_run()
     except MmedgeError as err:

@@ -102,9 +102,19 @@ def compress(
 @click.option("--target", required=True, metavar="NAME", help="The target to build engines for.")
 @result_options
 def build(run: Path, target: str, as_json: bool, quiet: bool, verbose: bool) -> int:
-    """Build and measure the engines of an existing RUN for one more target."""
-    require_workstation()
+    """Build and measure the engines of an existing RUN for one more target, or on the device itself.
+
+    On a device, where torch is not installed, the engines are built from the graphs that the
+    workstation lowered for it.
+    """
+    from importlib.util import find_spec
+
     from mmedge.cli.console import progress_for
+    from mmedge.pipeline.device import build_here, holds
+
+    if find_spec("torch") is None and holds(run, target):
+        return _show(*build_here(run, target, command_line(), progress_for(quiet)), as_json)
+    require_workstation()
     from mmedge.pipeline.compress import add_target
 
     return _show(*add_target(run, target, command_line(), progress_for(quiet)), as_json)

@@ -174,7 +174,7 @@ def check_export(task: Task) -> None:
     from mmedge.lower.export import onnx_of, write
     from mmedge.profile.accuracy import parity
 
-    target = plugins.load("target", "onnxruntime")()
+    target = plugins.target("onnxruntime")
     target.check()
     batch = task.example()
     with tempfile.TemporaryDirectory() as name:

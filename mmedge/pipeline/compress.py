@@ -12,7 +12,9 @@ import torch
 
 from mmedge import plugins
 from mmedge.artifact import Store
+from mmedge.errors import TargetError
 from mmedge.pipeline.check import check_model, check_splits, digest_of_task
+from mmedge.pipeline.device import judged, with_devices
 from mmedge.pipeline.environment import environment
 from mmedge.pipeline.folder import RunFolder, default_folder, identity_of, open_run, processors
 from mmedge.pipeline.judge import Judge
@@ -20,7 +22,7 @@ from mmedge.pipeline.line import Line, Step
 from mmedge.pipeline.measure import Measurements
 from mmedge.progress import Progress
 from mmedge.recipe import PlannedStage, Recipe, check_modalities, load_recipe, plan, resolved
-from mmedge.report.gates import evaluate, evaluate_after, verdict
+from mmedge.report.gates import evaluate_after, verdict
 from mmedge.report.html import write_html
 from mmedge.report.model import Gate, Input, MetricInfo, Report, TaskInfo
 from mmedge.targets.base import Target
@@ -60,7 +62,7 @@ def compress(job: Job, progress: Progress) -> tuple[Report, RunFolder]:
     """
     planned = plan(job.recipe, job.place)
     job = replace(job, recipe=resolved(job.recipe, planned))
-    targets = usable_targets(job.recipe.targets)
+    targets = uses_of(job.recipe.targets)
     torch.set_num_threads(processors())
     task = load_task(job.recipe.task, plugins.loaders("task"))
     task.model.eval().requires_grad_(False)
@@ -100,14 +102,37 @@ def job_of(
     return Job(recipe, folder.recipe.name, note["seed"], run, command, again=again)
 
 
-def usable_targets(names: Sequence[str]) -> list[tuple[Target, dict[str, str]]]:
-    """Every target with its versions.
+@dataclass(frozen=True)
+class Use:
+    """One target of a run.
+
+    Attributes:
+        target: what builds and runs engines.
+        versions: of what builds them.
+        elsewhere: why they are built on the device and not here; None where they are built here.
+    """
+
+    target: Target
+    versions: Mapping[str, str]
+    elsewhere: str | None = None
+
+
+def uses_of(names: Sequence[str]) -> list[Use]:
+    """Every target of a run.
 
     Raises:
-        TargetError: one of them cannot build engines here.
+        TargetError: one of them cannot build engines here, and is not one whose engines are built on the device.
     """
-    targets: list[Target] = [plugins.load("target", name)() for name in names]
-    return [(target, target.check()) for target in targets]
+    return [_use(plugins.target(name)) for name in names]
+
+
+def _use(target: Target) -> Use:
+    try:
+        return Use(target, target.check())
+    except TargetError as err:
+        if not target.built_on_device:
+            raise
+        return Use(target, {}, err.problem)
 
 
 class _Run:
@@ -118,21 +143,23 @@ class _Run:
         job: Job,
         folder: RunFolder,
         planned: Sequence[PlannedStage],
-        targets: Sequence[tuple[Target, dict[str, str]]],
+        uses: Sequence[Use],
         task: Task,
         progress: Progress,
     ) -> None:
-        self.job, self.folder, self.planned, self.targets = job, folder, planned, targets
+        self.job, self.folder, self.planned, self.uses = job, folder, planned, uses
         self.task, self.progress = task, progress
         check_model(task)
         store = Store(folder.artifacts, job.command, progress.say)
         digest = digest_of_task(task)
         store.values("check", {"task": digest, "samples": QUICK_CHECK}, lambda: check_splits(task, QUICK_CHECK))
-        onnx = [target for target, _ in targets if target.lowering.format == "onnx"]
+        here = [use.target for use in uses if use.elsewhere is None]
+        onnx = [target for target in here if target.lowering.format == "onnx"]
         runnable = [target for target in onnx if target.cannot_run() is None]
         others = [target for target in onnx if target not in runnable[:1]]
         judge = Judge(task, runnable[0], others, job.recipe.profile.threads, progress) if runnable else None
-        self.line = Line(task, digest, store, job.seed, progress, judge)
+        batch = job.recipe.export.batch.model_dump()
+        self.line = Line(task, digest, store, job.seed, progress, batch, judge)
         self.measured = Measurements(self.line, job.recipe.profile, job.recipe.twin)
         self.environment = environment()
         self.steps: list[Step] = []
@@ -149,11 +176,11 @@ class _Run:
                 break
         for step in self.steps:
             step.forget()
-        for target, _ in self.targets:
-            self.measured.time(target, self.steps, self.job.again == "timing")
-            self._keep_so_far()
-        gates = evaluate(self.job.recipe.gates, self._report([]), self.planned[-1].name if self.planned else None)
-        report = self._report(gates).finite()
+        for use in self.uses:
+            if use.elsewhere is None:
+                self.measured.time(use.target, self.steps, self.job.again == "timing")
+                self._keep_so_far()
+        report = judged(self._report([]), self.job.recipe.gates, self.planned[-1].name if self.planned else None)
         report.save(self.folder.report)
         self.folder.unfinished.unlink(missing_ok=True)
         write_html(report, self.folder.html)
@@ -164,8 +191,11 @@ class _Run:
         """Build and measure a step on every target; the unfinished report grows by one stage."""
         started = time.monotonic()
         self.steps.append(step)
-        for target, versions in self.targets:
-            self.measured.add(step, target, versions)
+        for use in self.uses:
+            if use.elsewhere is None:
+                self.measured.add(step, use.target, use.versions)
+            else:
+                self.measured.defer(step, use.target, use.elsewhere)
         self._keep_so_far()
         self.folder.log(
             "step", name=step.name, digest=step.artifact.digest, seconds=round(time.monotonic() - started, 1)
@@ -176,9 +206,9 @@ class _Run:
         return [gate for gate in gates if gate.verdict == "fail"]
 
     def _report(self, gates: list[Gate]) -> Report:
-        targets = [target for target, _ in self.targets]
+        targets = [use.target for use in self.uses]
         metric = MetricInfo(name=self.task.metric.name, higher_is_better=self.task.metric.higher_is_better)
-        return Report(
+        found = Report(
             verdict=verdict(gates),
             recipe=self.job.recipe.as_json(),
             command=self.job.command,
@@ -192,7 +222,9 @@ class _Run:
             environment=self.environment,
             stages=[self.measured.stage_row(step, targets, self.steps[0]) for step in self.steps],
             gates=gates,
+            deferred=self.measured.deferred,
         )
+        return with_devices(found, self.folder)
 
     def _keep_so_far(self) -> None:
         """What is known already, under another name: only a finished run has a ``report.json``."""

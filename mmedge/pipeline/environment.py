@@ -1,4 +1,4 @@
-"""The machine that measures, as the report states it."""
+"""The machine that measures, as the report states it. Device side."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import platform
 import shutil
 import subprocess
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from mmedge import __version__
 from mmedge.pipeline.folder import processors
-from mmedge.pipeline.line import versions_of
 from mmedge.report.model import Environment
 
 
@@ -39,6 +40,17 @@ def gpu_name() -> str | None:
     found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     names = found.stdout.split("\n") if found.returncode == 0 else []
     return next((name.strip() for name in names if name.strip()), None)
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Versions of those that are installed, mmedge's included."""
+    found = {"mmedge": __version__}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue  # a device has no torch
+    return found
 
 
 def environment() -> Environment:

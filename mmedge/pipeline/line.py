@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,17 +13,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mmedge import __version__
 from mmedge.artifact import Artifact, Store
 from mmedge.errors import ArtifactError
 from mmedge.lower import shape
 from mmedge.lower.export import OPSET, archive_of, onnx_of, write
+from mmedge.pipeline.engines import build_engine, place_name
+from mmedge.pipeline.environment import versions_of
 from mmedge.pipeline.judge import Judge
 from mmedge.progress import Progress
 from mmedge.recipe import PlannedStage
 from mmedge.stages.base import Context, Network, Saved, as_tensors, outputs_of
 from mmedge.stages.structure import count
-from mmedge.targets.base import Coverage, Target
+from mmedge.targets.base import Target
+from mmedge.targets.lowered import write_description
+from mmedge.targets.onnx_graph import place
 from mmedge.task import Task
 from mmedge.tensors import Array
 
@@ -110,6 +112,7 @@ class Line:
     store: Store
     seed: int
     progress: Progress
+    batch: dict[str, int]  # min, opt and max that engines are built for
     judge: Judge | None = None  # None where no target of the run can run engines here
 
     @cached_property
@@ -182,15 +185,12 @@ class Line:
 
         return self.store.make("onnx", f"{step.name}-{form}", inputs, fill, step.artifact)
 
-    def engine(
-        self, step: Step, target: Target, versions: Mapping[str, str], released: tuple[str, ...] = ()
-    ) -> Artifact:
-        """The step's engine for a target: found, or lowered and built now.
+    def lowered(self, step: Step, target: Target, released: tuple[str, ...] = ()) -> Artifact:
+        """The step's network in the form that a target builds from: ``model.onnx`` (or ``.pt2``) and what it must know.
 
         Args:
             step: which network.
             target: in the form that is wanted.
-            versions: of what builds it.
             released: INT8 layers that this engine keeps in floating point.
         """
         lowering = target.lowering
@@ -206,28 +206,29 @@ class Line:
             "target_version": target.version,
             "options": target.options(),
             "lowering": vars(lowering) | {"passes": shape.VERSION},
-            "versions": dict(versions),
+            "batch": self.batch,
         }
 
         def fill(folder: Path) -> dict[str, Any]:
-            source = folder.with_name(f"{folder.name}-lowered")
-            source.mkdir()
-            try:
-                lowered = source / f"model.{lowering.format}"
-                if lowering.format == "pt2":
-                    shutil.copy(portable.file("model.pt2"), lowered)
-                else:
-                    release = shape.Release(released, float_weights(step.network)) if released else None
-                    shape.shape_for(portable.file("model.onnx"), lowering, lowered, release, islands)
-                write_names(source / "io.json", portable.about)
-                build = target.build(lowered, folder)
-            finally:
-                shutil.rmtree(source)
-            about = {"target": target.name, "inputs": portable.about["inputs"], "outputs": portable.about["outputs"]}
-            return {**about, "facts": dict(build.facts), "coverage": coverage_json(build.coverage)}
+            lowered = folder / f"model.{lowering.format}"
+            if lowering.format == "pt2":
+                place(portable.file("model.pt2"), folder, lowered.name)
+            else:
+                release = shape.Release(released, float_weights(step.network)) if released else None
+                shape.shape_for(portable.file("model.onnx"), lowering, lowered, release, islands)
+            names = {"inputs": portable.about["inputs"], "outputs": portable.about["outputs"], "batch": self.batch}
+            write_description(lowered, {**names, **target.describe(lowered, self.batch)})
+            precision = "fp16" if lowering.float_type == "float16" else target.float_name
+            return {**names, "target": target.name, "precision": precision}
 
-        name = f"{step.name}-{target.name}" + ("-part" if released else "")
-        return self.store.make("engine", name, inputs, fill, portable)
+        name = place_name(f"{step.name}-{target.name}") + ("-part" if released else "")
+        return self.store.make("onnx", f"{name}-lowered", inputs, fill, portable)
+
+    def engine(
+        self, step: Step, target: Target, versions: Mapping[str, str], released: tuple[str, ...] = ()
+    ) -> Artifact:
+        """The step's engine for a target: found, or lowered and built now."""
+        return build_engine(self.store, self.lowered(step, target, released), target, versions, self.progress)
 
     def islands(self, step: Step) -> tuple[str, ...]:
         """Modules whose values float16 cannot hold, found on calibration data."""
@@ -268,25 +269,6 @@ def float_weights(network: Network) -> dict[str, Array]:
     if prepared is None:
         return {}
     return {layer.name: tensor_at(prepared, layer.weight_path).detach().numpy() for layer in layers_of(prepared)}
-
-
-def coverage_json(coverage: Coverage | None) -> dict[str, Any] | None:
-    """Coverage as it is kept in a manifest."""
-    return None if coverage is None else {"int8": list(coverage.int8), "other": dict(coverage.other)}
-
-
-def write_names(path: Path, about: Mapping[str, Any]) -> None:
-    """The names of inputs and outputs, for backends whose files do not tell."""
-    import json
-
-    path.write_text(json.dumps({"inputs": [spec["name"] for spec in about["inputs"]], "outputs": about["outputs"]}))
-
-
-def versions_of(*packages: str) -> dict[str, str]:
-    """Installed versions, mmedge's included."""
-    from importlib.metadata import version
-
-    return {"mmedge": __version__, **{name: version(name) for name in packages}}
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

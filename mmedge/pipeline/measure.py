@@ -4,28 +4,25 @@ rests on, so a rerun measures only what is new."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mmedge.artifact import Artifact
 from mmedge.pipeline.environment import cpu_name
 from mmedge.pipeline.folder import processors
 from mmedge.pipeline.line import Line, Step
+from mmedge.pipeline.rows import FIRST, NO_RAILS, NOT_YET, Timed, coverage_fields, timing_json, timings
 from mmedge.pipeline.twin import Engine, Settled, TwinRule
 from mmedge.profile.accuracy import Accuracy, modality_health, parity, run_split
-from mmedge.profile.latency import EngineRef, interleaved, peak_memory_mib
-from mmedge.profile.statistics import Latency, Speedup
+from mmedge.profile.worker import write_arrays
 from mmedge.recipe import ProfileConfig, TwinConfig
-from mmedge.report.model import Modality, Outlier, Precision, Quantization, Result, Stage, Trial
+from mmedge.report.model import Deferred, Modality, Outlier, Precision, Quantization, Result, Stage, Trial
 from mmedge.targets.base import Target
 from mmedge.tensors import Array
 
 VERSION = 1  # raise it when a measurement changes: cached values expire
 TIMED_SAMPLES = 16
-LARGE_ENGINE = 512 << 20  # bytes
-NO_RAILS = "this machine has no power rails to read"
-NOT_YET = "not measured yet"
 
 
 @dataclass
@@ -50,6 +47,7 @@ class Measurements:
     profile: ProfileConfig
     twin: TwinConfig
     cells: dict[tuple[str, str], Measured] = field(default_factory=dict)
+    deferred: list[Deferred] = field(default_factory=list)
     health: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, step: Step, target: Target, versions: Mapping[str, str]) -> Measured:
@@ -61,11 +59,38 @@ class Measurements:
         engine = settled.engine.artifact if settled else self.line.engine(step, target, versions)
         cell = Measured(step, target, engine, versions, why_not=target.cannot_run(), settled=settled)
         self.cells[step.name, target.name] = cell
+        self._keep_samples(step)
         if cell.why_not is None:
             cell.accuracy = self._accuracy(step, Engine(engine, target))
             if step.name not in self.health:
                 self.health[step.name] = self._health(cell)
         return cell
+
+    def defer(self, step: Step, target: Target, why: str) -> None:
+        """Lower a step for a target whose engines are built on the device; keep what it is to be checked with."""
+        lowered = {found.digest: found for found in (self.line.lowered(step, form) for form in target.forms())}
+        self.deferred += [
+            Deferred(
+                target=target.name,
+                stage=step.name,
+                precision="int8" if step.form == "qdq" else found.about["precision"],
+                lowered=f"artifacts/{found.path.name}",
+                reason=why,
+            )
+            for found in lowered.values()
+        ]
+        self._keep_samples(step)
+
+    def _keep_samples(self, step: Step) -> None:
+        """Inputs to time an engine with, and PyTorch's answers, for a device that has neither task nor torch."""
+        inputs = {"step": step.artifact.digest, "task": self.line.task_digest, "evaluator": VERSION}
+
+        def fill(folder: Path) -> dict[str, Any]:
+            write_arrays(folder / "inputs.npz", self._samples())
+            write_arrays(folder / "outputs.npz", self.line.reference(step, TIMED_SAMPLES))
+            return {"samples": TIMED_SAMPLES}
+
+        self.line.store.make("cache", f"{step.name}-samples", inputs, fill, step.artifact)
 
     def _rule(self) -> TwinRule:
         return TwinRule(
@@ -139,44 +164,16 @@ class Measurements:
             cell.timing = found[cell.step.name]
 
     def _timing(self, target: Target, cells: Sequence[Measured]) -> dict[str, Any]:
-        samples = self._samples()
-        engines = [EngineRef(cell.step.name, target.name, str(cell.engine.path)) for cell in cells]
-        known = {engine.folder: engine.id for engine in engines}
-        twins: dict[str, str] = {}  # by step, the id of the series of its twin
-        more: list[EngineRef] = []
-        for cell in cells:
-            if cell.settled and cell.settled.twin:
-                folder = str(cell.settled.twin.artifact.path)
-                if folder not in known:
-                    known[folder] = f"twin of {cell.step.name}"
-                    more.append(EngineRef(known[folder], target.name, folder))
-                twins[cell.step.name] = known[folder]
-        threads = self.profile.threads
-        series = interleaved(
-            [*engines, *more],
-            samples,
-            threads=threads,
-            queries=self.profile.queries,
-            budget_s=self.profile.budget_s,
-            progress=self.line.progress,
-        )
-        # One process each. Large ones take turns, so that together they do not need more memory than there is.
-        large = max(cell.engine.size_bytes() for cell in cells) > LARGE_ENGINE
-        with ThreadPoolExecutor(1 if large else processors()) as pool:
-            memory = list(pool.map(lambda engine: peak_memory_mib(engine, samples, threads), engines))
-        found: dict[str, Any] = {}
-        for cell, engine, peak in zip(cells, engines, memory, strict=True):
-            own = series[engine.id]
-            parent = cell.step.parent
-            found[engine.id] = {
-                "latency": Latency.of(own).as_json(),
-                "vs_baseline": vars(Speedup.of(series[cells[0].step.name], own)) if parent else None,
-                "vs_parent": Speedup.of(series[parent.name], own).value if parent else None,
-                "vs_twin": vars(Speedup.of(series[twins[engine.id]], own)) if engine.id in twins else None,
-                "memory": peak,
-                "threads": threads,
-            }
-        return found
+        engines = [
+            Timed(
+                cell.step.name,
+                cell.engine,
+                cell.step.parent.name if cell.step.parent else None,
+                cell.settled.twin.artifact if cell.settled and cell.settled.twin else None,
+            )
+            for cell in cells
+        ]
+        return timings(target.name, engines, self._samples(), self.profile, self.line.progress)
 
     def _samples(self) -> dict[str, Array]:
         batch = next(iter(self.line.task.stream("test")))
@@ -207,29 +204,23 @@ class Measurements:
         first = self.cells[baseline.name, cell.target.name]
         reasons = {"energy_mj": NO_RAILS}
         accuracy = self._accuracy_json(cell, first, reasons)
-        timing = self._timing_json(cell, reasons)
-        coverage = cell.engine.about["coverage"]
-        fraction = _fraction(coverage)
-        if fraction is None:
-            reasons["int8_coverage"] = "the runtime does not say" if coverage is None else "no weighted layer"
-        if coverage is None:
-            reasons["coverage"] = reasons["int8_coverage"]
+        timing = timing_json(cell.timing, cell.why_not, reasons)
+        coverage = coverage_fields(cell.engine.about["coverage"], reasons)
         size = cell.engine.size_bytes()
         return Result.model_validate(
             {
                 "target": cell.target.name,
-                "precision": _precision(cell, fraction),
+                "precision": _precision(cell, coverage["int8_coverage"]),
                 "artifact": f"artifacts/{cell.engine.path.name}",
                 "size_bytes": size,
                 "shrink": first.engine.size_bytes() / size,
                 "accuracy": accuracy,
                 "parity": cell.accuracy["parity"] if cell.accuracy else None,
                 "energy_mj": None,
-                "int8_coverage": fraction,
-                "coverage": coverage,
                 "twin": self._twin_json(cell, reasons),
                 "versions": dict(cell.versions),
                 "reasons": reasons,
+                **coverage,
                 **timing,
             }
         )
@@ -241,7 +232,7 @@ class Measurements:
         sign = 1 if self.line.task.metric.higher_is_better else -1
         parent = self.cells[cell.step.parent.name, cell.target.name].accuracy if cell.step.parent else None
         if parent is None:
-            reasons["accuracy.drop_vs_parent"] = "the first stage has none before it"
+            reasons["accuracy.drop_vs_parent"] = FIRST
         if cell.accuracy["ci95"] is None:
             reasons["accuracy.ci95"] = cell.accuracy["reason"]
         value = cell.accuracy["value"]
@@ -269,23 +260,6 @@ class Measurements:
             "reason": settled.reason,
         }
 
-    def _timing_json(self, cell: Measured, reasons: dict[str, str]) -> dict[str, Any]:
-        names = ("latency_ms", "speedup", "peak_memory_mib", "threads")
-        if cell.timing is None:
-            reasons.update(dict.fromkeys(names, cell.why_not or NOT_YET))
-            return dict.fromkeys(names)
-        latency = dict(cell.timing["latency"])
-        why = latency.pop("reason", "")
-        reasons.update({f"latency_ms.{name}": str(why) for name, value in latency.items() if value is None})
-        ratio = cell.timing["vs_baseline"] or {"value": 1.0, "ci95": [1.0, 1.0], "reason": None}
-        if ratio["ci95"] is None:
-            reasons["speedup.ci95"] = str(ratio["reason"])
-        if cell.timing["vs_parent"] is None:
-            reasons["speedup.vs_parent"] = "the first stage has none before it"
-        speedup = {"vs_baseline": ratio["value"], "vs_parent": cell.timing["vs_parent"], "ci95": ratio["ci95"]}
-        memory, threads = cell.timing["memory"], cell.timing["threads"]
-        return {"latency_ms": latency, "speedup": speedup, "peak_memory_mib": memory, "threads": threads}
-
 
 def _quantization(edits: Mapping[str, Any]) -> Quantization | None:
     """What the ``quantize`` stage noted, for the report."""
@@ -304,13 +278,6 @@ def _quantization(edits: Mapping[str, Any]) -> Quantization | None:
         repairs={name: count for name, count in repairs.items() if count},
         trials=[Trial.model_validate(each) for each in edits.get("trials", ())],
     )
-
-
-def _fraction(coverage: Mapping[str, Any] | None) -> float | None:
-    if coverage is None:
-        return None
-    total = len(coverage["int8"]) + len(coverage["other"])
-    return len(coverage["int8"]) / total if total else None
 
 
 def _precision(cell: Measured, fraction: float | None) -> Precision:

@@ -27,6 +27,16 @@ __all__ = ["EngineRef", "interleaved", "peak_memory_mib"]
 Message = dict[str, Any]
 
 
+class Series(dict[str, NDArray[np.int64]]):
+    """Latencies by engine id, nanoseconds, int64 of shape (rounds,).
+
+    Attributes:
+        parts_ms: of engines on an accelerator, by id: median milliseconds of ``h2d``, ``device`` and ``d2h``.
+    """
+
+    parts_ms: dict[str, dict[str, float]]
+
+
 def interleaved(
     engines: Sequence[EngineRef],
     inputs: Arrays,
@@ -38,7 +48,7 @@ def interleaved(
     seed: int = 0,
     progress: Progress | None = None,
     workdir: Path | None = None,
-) -> dict[str, NDArray[np.int64]]:
+) -> Series:
     """Time engines side by side: each round one query of batch 1 on every engine, see ``mmedge.profile.worker``.
 
     Args:
@@ -65,16 +75,20 @@ def interleaved(
     with _prepared(spec, inputs, workdir) as folder:
         with (progress or Progress()).bar(f"timing {len(engines)} engines", queries) as bar:
             done = 0
+            parts: dict[str, dict[str, float]] = {}
 
             def listen(message: Message) -> None:
                 nonlocal done
+                parts.update(message.get("parts", {}))
                 if "round" in message:
                     bar.advance(message["round"] - done)
                     done = message["round"]
 
             _run(folder, threads, listen)
         with np.load(folder / spec.output, allow_pickle=False) as file:
-            return {engine.id: file[engine.id] for engine in engines}
+            series = Series({engine.id: file[engine.id] for engine in engines})
+        series.parts_ms = parts
+        return series
 
 
 def peak_memory_mib(engine: EngineRef, inputs: Arrays, threads: int = 1) -> float:

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from mmedge import plugins
 from mmedge.errors import MmedgeError, TargetError, UsageError
-from mmedge.targets.base import Runner
+from mmedge.targets.base import Runner, Target
+from mmedge.targets.checked import TimedRunner
 from mmedge.tensors import Array, Arrays
 
 FEWEST_ROUNDS = 64  # what a p90 and an interval need
@@ -160,11 +161,14 @@ def _naming(engine: EngineRef) -> Iterator[None]:
         raise TargetError(f"{type(err).__name__}: {err}", where=f"{engine.id} on {engine.target}") from err
 
 
-def _open(engine: EngineRef, folder: Path, threads: int, stack: ExitStack) -> Runner:
+def _target(engine: EngineRef) -> Target:
     with _naming(engine):
-        target = plugins.load("target", engine.target)()
-        run: Runner = stack.enter_context(target.runner(folder / engine.folder, threads))
-        return run
+        return plugins.target(engine.target)
+
+
+def _open(engine: EngineRef, target: Target, folder: Path, threads: int, stack: ExitStack) -> Runner:
+    with _naming(engine):
+        return stack.enter_context(target.runner(folder / engine.folder, threads))
 
 
 def _latencies(spec: Spec, folder: Path, samples: Samples, say: Say) -> dict[str, NDArray[np.int64]]:
@@ -172,14 +176,24 @@ def _latencies(spec: Spec, folder: Path, samples: Samples, say: Say) -> dict[str
         runners = []
         for engine in spec.engines:
             say({"doing": f"opening {engine.id}"})
-            runners.append(_open(engine, folder, spec.threads, stack))
+            runners.append(_open(engine, _target(engine), folder, spec.threads, stack))
         for engine, run in zip(spec.engines, runners, strict=True):
             say({"doing": f"warming up {engine.id}"})
             with _naming(engine):
                 _warm_up(run, samples, spec.warmup_s)
         say({"doing": "timing"})
         times = _rounds(spec, runners, samples, say)
+        for engine, run in zip(spec.engines, runners, strict=True):
+            if isinstance(run, TimedRunner):
+                with _naming(engine):
+                    say({"parts": {engine.id: _parts(run, samples)}})
     return {engine.id: series for engine, series in zip(spec.engines, times, strict=True)}
+
+
+def _parts(run: TimedRunner, samples: Samples) -> dict[str, float]:
+    """Median milliseconds by part of a query; taken apart, because looking at the device's clock costs time."""
+    found = [run.parts_ms(samples[number % len(samples)]) for number in range(FEWEST_ROUNDS)]
+    return {name: float(np.median([each[name] for each in found])) for name in found[0]}
 
 
 def _warm_up(run: Runner, samples: Samples, seconds: float) -> None:
@@ -235,11 +249,12 @@ def _peak_memory_mib(spec: Spec, folder: Path, samples: Samples, say: Say) -> fl
     Memory on an accelerator is not in it.
     """
     (engine,) = spec.engines
+    target = _target(engine)  # reading the device table is no part of the engine
     _forget_peak()
     before = _resident_kib("VmRSS")
     with ExitStack() as stack:
         say({"doing": f"opening {engine.id}"})
-        run = _open(engine, folder, spec.threads, stack)
+        run = _open(engine, target, folder, spec.threads, stack)
         say({"doing": f"running {engine.id}"})
         with _naming(engine):
             _warm_up(run, samples, 0.0)

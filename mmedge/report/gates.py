@@ -36,6 +36,7 @@ class Limits(BaseModel):
         min_speedup: times faster than the baseline on the same target.
         min_shrink: times smaller than the baseline on the same target.
         min_int8_coverage: fraction of the weighted layers that really run in INT8.
+        max_reformats: kernels that only change a tensor's type or layout, where the runtime tells them.
         max_latency_ms: milliseconds, by percentile: ``{p50: …, p90: …, p99: …}``.
         max_peak_memory_mib: peak memory of the process that runs the engine.
         min_parity_cosine: of the engine's outputs with PyTorch's for the same network.
@@ -48,6 +49,7 @@ class Limits(BaseModel):
     min_speedup: Positive | None = None
     min_shrink: Positive | None = None
     min_int8_coverage: Fraction | None = None
+    max_reformats: Annotated[Number, Field(ge=0)] | None = None
     max_latency_ms: dict[Literal["p50", "p90", "p99"], Positive] = Field(default_factory=dict)
     max_peak_memory_mib: Positive | None = None
     min_parity_cosine: Cosine | None = None
@@ -80,12 +82,14 @@ _MEASURES = {
     "min_speedup_vs_parent": _Measure("speedup.vs_parent", "the speedup over the stage before", "×"),
     "min_shrink": _Measure("shrink", "the size ratio to the baseline", "×"),
     "min_int8_coverage": _Measure("int8_coverage", "the INT8 coverage"),
+    "max_reformats": _Measure("reformats", "the number of reformat kernels"),
     "max_latency_ms.p50": _Measure("latency_ms.p50", "the p50 latency", " ms"),
     "max_latency_ms.p90": _Measure("latency_ms.p90", "the p90 latency", " ms"),
     "max_latency_ms.p99": _Measure("latency_ms.p99", "the p99 latency", " ms"),
     "max_peak_memory_mib": _Measure("peak_memory_mib", "the peak memory", " MiB"),
     "min_parity_cosine": _Measure("parity.cosine", "the cosine with PyTorch's outputs"),
 }
+_UNTOLD = {"reformats": "this runtime does not tell"}
 _MODALITY = "max_modality_drop."
 
 
@@ -163,7 +167,7 @@ def _flat(limits: Limits) -> Iterator[tuple[str, float]]:
 
 def _result_gate(name: str, limit: float, stage: Stage, result: Result) -> Gate:
     path = _MEASURES[name].path
-    why = result.why(path) or "no reason was recorded"
+    why = result.why(path) or _UNTOLD.get(path) or "no reason was recorded"
     return _gate(name, stage.name, limit, result.value(path), why, result.target, result.precision)
 
 

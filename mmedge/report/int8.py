@@ -1,8 +1,10 @@
-"""What the report says of INT8 in words: how it compares with its twin, and what the quantizer found."""
+"""What the report says in words: how INT8 compares with its twin, what the quantizer found, what devices tell."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 from mmedge.report.model import Quantization, Report, Result, Trial
 from mmedge.report.values import digits
@@ -17,6 +19,40 @@ def verdicts(report: Report) -> Iterator[tuple[str, str, list[str]]]:
             if result.twin is not None:
                 given = [f"{group}: {why}" for group, why in result.twin.backed_off.items()]
                 yield f"{stage.name} on {result.target}", _verdict(result), given
+
+
+def waiting(report: Report, run: Path | None = None) -> list[str]:
+    """For every target whose engines are still to be built on the device: what is ready, and the command to go on."""
+    found: dict[str, list[str]] = {}
+    for each in report.deferred:
+        found.setdefault(each.target, []).append(f"{each.stage} {each.precision}")
+    place = shlex.quote(str(run)) if run else "RUN"
+    return [
+        f"{target}: ready to be built there ({', '.join(dict.fromkeys(ready))}). Copy the run to the device, then: "
+        f"mmedge build {place} --target {shlex.quote(target)}"
+        for target, ready in found.items()
+    ]
+
+
+def device_times(report: Report) -> Iterator[str]:
+    """Of engines on an accelerator: where the time of a query goes."""
+    for stage in report.stages:
+        for result in stage.results:
+            if parts := result.parts_ms:
+                yield (
+                    f"{stage.name} on {result.target}: {digits(parts.device)} ms on the device, copies in "
+                    f"{digits(parts.h2d)} ms and out {digits(parts.d2h)} ms (medians by the device's clock)"
+                )
+
+
+def fusion(report: Report) -> Iterator[str]:
+    """Where a runtime tells them: how many reformat kernels stand in an INT8 engine, and the first of them."""
+    for stage in report.stages:
+        for result in stage.results:
+            kernels = result.coverage.reformats if result.coverage and result.coverage.int8 else None
+            if kernels:
+                named = ", ".join(kernels[:MOST]) + (" …" if len(kernels) > MOST else "")
+                yield f"{stage.name} on {result.target}: {len(kernels)} kernels only change type or layout ({named})"
 
 
 def _verdict(result: Result) -> str:

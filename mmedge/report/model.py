@@ -97,6 +97,20 @@ class Latency(Part):
     ci95: Interval | None = Field(description="95 % confidence interval of p50")
 
 
+class Parts(Part):
+    """Where the time of a query on an accelerator goes: median milliseconds by its own clock.
+
+    Attributes:
+        h2d: copying inputs to the device.
+        device: the engine.
+        d2h: copying outputs back.
+    """
+
+    h2d: float
+    device: float
+    d2h: float
+
+
 class Speedup(Part):
     """How many times faster, on the same target. ``ci95`` is that of ``vs_baseline``."""
 
@@ -113,10 +127,15 @@ class Parity(Part):
 
 
 class Coverage(Part):
-    """Which weighted layers run in INT8 by the runtime's word, and why or in what the others run."""
+    """Which weighted layers run in INT8 by the runtime's word, and why or in what the others run.
+
+    Attributes:
+        reformats: kernels that only change a tensor's type or layout; null where the runtime does not say.
+    """
 
     int8: list[str]
     other: dict[str, str]
+    reformats: list[str] | None = None
 
 
 class Twin(Part):
@@ -144,6 +163,7 @@ class Result(Reasoned):
 
     Attributes:
         artifact: the engine's folder, relative to the run folder.
+        parts_ms: of engines on an accelerator; null for others. ``latency_ms`` is by the host's clock, copies included.
         shrink: the baseline's size over this size, on the same target.
         energy_mj: millijoules per query.
         int8_coverage: fraction of the weighted layers that run in INT8; ``coverage`` names them.
@@ -152,7 +172,7 @@ class Result(Reasoned):
         twin: of an INT8 network; null for others.
     """
 
-    may_be_none = frozenset({"twin"})
+    may_be_none = frozenset({"twin", "reformats", "parts_ms"})
 
     target: str
     precision: Precision
@@ -161,6 +181,7 @@ class Result(Reasoned):
     shrink: float | None
     accuracy: Accuracy | None
     latency_ms: Latency | None
+    parts_ms: Parts | None = None
     speedup: Speedup | None
     peak_memory_mib: float | None
     energy_mj: float | None
@@ -171,6 +192,12 @@ class Result(Reasoned):
     threads: int | None
     versions: dict[str, str] = Field(default_factory=dict)
     reasons: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def reformats(self) -> int | None:
+        """How many kernels only change a tensor's type or layout, None where the runtime does not say."""
+        kernels = self.coverage.reformats if self.coverage else None
+        return None if kernels is None else len(kernels)
 
     @field_validator("artifact")
     @classmethod
@@ -311,6 +338,22 @@ class Environment(Reasoned):
     reasons: dict[str, str] = Field(default_factory=dict)
 
 
+class Deferred(Part):
+    """A graph that is ready for a device, where its engine is still to be built: ``mmedge build RUN --target NAME``.
+
+    Attributes:
+        precision: that the graph asks for; what the engine runs is known when it is built.
+        lowered: the folder of the graph, relative to the run folder.
+        reason: why it was not built where the run was made.
+    """
+
+    target: str
+    stage: str
+    precision: Precision
+    lowered: str
+    reason: str
+
+
 class Report(Part):
     """All of ``report.json``.
 
@@ -318,6 +361,8 @@ class Report(Part):
         recipe: as resolved.
         command: makes this run again.
         created: UTC, ISO 8601.
+        deferred: engines that are to be built on their devices.
+        devices: of targets that were measured on a device of their own, that device; ``environment`` is the rest's.
     """
 
     schema_version: Literal[1] = Field(SCHEMA, alias="schema")
@@ -330,6 +375,8 @@ class Report(Part):
     environment: Environment
     stages: list[Stage] = Field(min_length=1)
     gates: list[Gate] = Field(default_factory=list)
+    deferred: list[Deferred] = Field(default_factory=list)
+    devices: dict[str, Environment] = Field(default_factory=dict)
 
     @property
     def targets(self) -> list[str]:

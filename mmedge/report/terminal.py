@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmedge.report.int8 import findings, verdicts
+from mmedge.report.int8 import device_times, findings, fusion, verdicts, waiting
 from mmedge.report.model import REPORT, Gate, Report, Result, Stage
 from mmedge.report.values import (
     Cell,
@@ -58,6 +58,7 @@ def show(report: Report, run: Path, console: Console | None = None) -> None:
         _results(report, target, notes, console)
     _health(report, notes, console)
     _int8(report, console)
+    _waiting(report, run, console)
     _gates(report, notes, console)
     if notes.reasons:
         console.print()
@@ -127,11 +128,23 @@ def _int8(report: Report, console: Console) -> None:
         _hanging(console, " ", f"{place}: {verdict}")
         for line in given_back:
             _hanging(console, "   ", f"in floating point: {line}")
+    for line in (*device_times(report), *fusion(report)):
+        _hanging(console, " ", line)
     for stage in report.stages:
         if stage.quantization is not None:
             console.print(Text(f"\n{stage.name}", style="bold"))
             for line in findings(stage.quantization):
                 _hanging(console, " ", line)
+
+
+def _waiting(report: Report, run: Path, console: Console) -> None:
+    from rich.text import Text
+
+    lines = waiting(report, run)
+    if lines:
+        console.print(Text("\nto be built on the device", style="bold"))
+    for line in lines:
+        _hanging(console, " ", line)
 
 
 def _clean(stage: Stage, column: Column, names: Sequence[str]) -> Cell:

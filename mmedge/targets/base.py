@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from mmedge.progress import Progress
 from mmedge.tensors import Array
 
 Runner = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -44,10 +45,12 @@ class Coverage:
     Attributes:
         int8: names of weighted layers that run in INT8.
         other: weighted layers that do not, each with the reason or the precision they run in.
+        reformats: kernels that only change a tensor's type or layout between others, None where the runtime is silent.
     """
 
     int8: tuple[str, ...]
     other: Mapping[str, str] = field(default_factory=dict)
+    reformats: tuple[str, ...] | None = None
 
     @property
     def fraction(self) -> float | None:
@@ -76,9 +79,11 @@ class Target(ABC):
     ``runner`` needs into the folder, nothing else, so that the folder alone can be copied to a device.
     """
 
-    name: ClassVar[str]
+    name: str  # as the user named it, options included
     lowering: Lowering = Lowering()
     version: ClassVar[int] = 1  # raise it when builds change: cached engines expire
+    built_on_device: ClassVar[bool] = False  # where engines cannot be built here, the run goes on and waits for that
+    progress: Progress = Progress()  # told of long builds
 
     @abstractmethod
     def check(self) -> dict[str, str]:
@@ -88,9 +93,21 @@ class Target(ABC):
             TargetError: what is missing and how to get it.
         """
 
+    def describe(self, model: Path, batch: Mapping[str, int]) -> dict[str, Any]:
+        """What building must know of a lowered model and cannot read from it without onnx, JSON. Workstation side.
+
+        Args:
+            model: the lowered file.
+            batch: ``min``, ``opt`` and ``max`` that engines are built for.
+
+        Raises:
+            TargetError: the backend would refuse the graph, or not run it as written.
+        """
+        return {}
+
     @abstractmethod
     def build(self, model: Path, folder: Path) -> Build:
-        """Build an engine from a lowered model.
+        """Build an engine from a lowered model; what ``describe`` said lies beside it: see ``mmedge.targets.lowered``.
 
         Raises:
             TargetError: the backend refuses the model; says why.

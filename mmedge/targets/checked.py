@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
 
 from mmedge.errors import MmedgeError, TargetError, unknown
 from mmedge.targets.base import Runner
@@ -46,6 +49,38 @@ def checked(run: Runner, dtypes: Mapping[str, str], engine: str) -> Runner:
             return run(inputs)
 
     return checked_run
+
+
+@dataclass(frozen=True)
+class TimedRunner:
+    """A runner on an accelerator, which can also tell where the time of a query goes.
+
+    Attributes:
+        run: the runner.
+        parts_ms: runs a query and gives milliseconds by part: ``h2d`` (copying in), ``device`` (the engine), ``d2h``
+            (copying out), by the accelerator's own clock.
+    """
+
+    run: Runner
+    parts_ms: Callable[[Mapping[str, Array]], dict[str, float]]
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """A query."""
+        return self.run(inputs)
+
+
+def in_batches(run: Runner, largest: int) -> Runner:
+    """``run``, which takes any number of samples and hands the engine at most ``largest`` at a time."""
+
+    def batched(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        count = len(next(iter(inputs.values())))
+        if count <= largest:
+            return run(inputs)
+        starts = range(0, count, largest)
+        parts = [run({name: array[start : start + largest] for name, array in inputs.items()}) for start in starts]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    return batched
 
 
 def _compare(inputs: Mapping[str, Array], dtypes: Mapping[str, str], engine: str) -> None:

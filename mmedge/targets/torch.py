@@ -15,10 +15,11 @@ from typing import Any
 from mmedge.errors import TargetError, needs_extra
 from mmedge.targets.base import Build, Lowering, Runner, Target
 from mmedge.targets.checked import checked, reported
+from mmedge.targets.lowered import described
 from mmedge.tensors import Array
 
 MODEL = "model.pt2"
-NAMES = "io.json"  # {"inputs": [names in the order of the call], "outputs": [names in the order of return]}
+DESCRIPTION = "model.json"  # see mmedge.targets.lowered: inputs in the order of the call, outputs in that of return
 # Where an archive of plain tensors keeps its parts; compiled code, which others hold, has a place of its own.
 _KNOWN = (
     *("data/weights/", "data/constants/", "data/sample_inputs/", "models/", "extra/", ".data/"),
@@ -31,6 +32,7 @@ class Torch(Target):
     """Runs a ``torch.export`` archive. Quantized layers are computed as the float layers they simulate: no coverage."""
 
     name = "torch"
+    version = 2
     lowering = Lowering(format="pt2")
 
     def check(self) -> dict[str, str]:
@@ -38,11 +40,11 @@ class Torch(Target):
         return {"torch": str(_torch().__version__)}
 
     def build(self, model: Path, folder: Path) -> Build:
-        """Keep the archive and the ``io.json`` beside it, once both can be loaded."""
+        """Keep the archive and its description, once both can be loaded."""
         versions = self.check()
         shutil.copyfile(model, folder / MODEL)
-        with reported("reading the names of inputs and outputs", str(model.with_name(NAMES))):
-            shutil.copyfile(model.with_name(NAMES), folder / NAMES)
+        with reported("reading the names of inputs and outputs", str(model.with_name(DESCRIPTION))):
+            shutil.copyfile(model.with_name(DESCRIPTION), folder / DESCRIPTION)
         _load(folder)
         return Build(None, {"versions": versions, "engine_bytes": (folder / MODEL).stat().st_size})
 
@@ -50,11 +52,12 @@ class Torch(Target):
     def runner(self, folder: Path, threads: int) -> Iterator[Runner]:
         """See ``Target.runner``. The number of threads is PyTorch's own, restored when the context closes."""
         torch = _torch()
-        names = json.loads((folder / NAMES).read_text())
+        about = described(folder / MODEL) or {}
+        names = [each["name"] for each in about["inputs"]]
         program = _load(folder)
         args, kwargs = program.example_inputs  # exported with positional arguments, with named ones, or with both
         module = program.module()
-        by_position = names["inputs"][: len(args)]
+        by_position = names[: len(args)]
         examples = {**dict(zip(by_position, args, strict=True)), **kwargs}
         dtypes = {name: str(example.dtype).removeprefix("torch.") for name, example in examples.items()}
 
@@ -63,7 +66,7 @@ class Torch(Target):
                 tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
                 positional = [tensors.pop(name) for name in by_position]
                 outputs = module(*positional, **tensors)
-            return _named(outputs, names["outputs"])
+            return _named(outputs, about["outputs"])
 
         before = torch.get_num_threads()
         torch.set_num_threads(threads)

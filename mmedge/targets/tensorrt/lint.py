@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mmedge.targets.onnx_graph import OPERANDS, Graph, attribute, label
+from mmedge.targets.tensorrt.dla import lint_dla
+from mmedge.targets.tensorrt.isaac_ros import lint_isaac_ros
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
+
+__all__ = ["lint_dla", "lint_isaac_ros", "lint_tensorrt", "quantized_type"]
 
 # They pass INT8 on; and what runs in INT8 where what it reads is.
 _PASSING = {"DequantizeLinear", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Cast", "Concat"}
@@ -26,10 +30,48 @@ def lint_tensorrt(model: ModelProto) -> list[str]:
     """Every reason why TensorRT would refuse the graph or not run it as written; each names the node and the fix.
 
     Args:
-        model: a lowered ONNX model; only its Q/DQ nodes and integer operators are looked at.
+        model: a lowered ONNX model; its inputs and outputs, its Q/DQ nodes and integer operators are looked at.
     """
     graph = Graph(model)
-    return [f"{node.op_type} {label(node)}: {problem}" for node in graph.nodes for problem in _problems(graph, node)]
+    scalars = _scalars(model)
+    problems = list(_io_problems(model))
+    for node in graph.nodes:
+        problems += [f"{node.op_type} {label(node)}: {problem}" for problem in _problems(graph, node)]
+        if node.op_type == "QuantizeLinear" and node.input[0] in scalars:
+            problems.append(f"QuantizeLinear {label(node)}: its input is a scalar; keep it in floating point")
+    return problems
+
+
+def _io_problems(model: ModelProto) -> Iterator[str]:
+    """Types that TensorRT has not, and dimensions that no optimization profile of mmedge covers."""
+    from onnx import TensorProto
+
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    for kind, values in (("input", inputs), ("output", model.graph.output)):
+        for value in values:
+            element = value.type.tensor_type.elem_type
+            if element not in _io_types():
+                name = TensorProto.DataType.Name(element).lower()
+                yield f"{kind} {value.name} is {name}, which TensorRT has not; use float32, int32 or uint8"
+    for value in inputs:
+        sizes = value.type.tensor_type.shape.dim
+        if any(not size.dim_value for size in sizes[1:]):
+            yield f"input {value.name}: only its first dimension may change; export it with fixed sizes after the batch"
+
+
+def _io_types() -> set[int]:
+    from onnx import TensorProto as T
+
+    return {T.FLOAT, T.FLOAT16, T.BFLOAT16, T.DOUBLE, T.INT64, T.INT32, T.INT8, T.UINT8, T.BOOL, T.FLOAT8E4M3FN}
+
+
+def _scalars(model: ModelProto) -> set[str]:
+    """Tensors known to have rank 0: NvInfer.h forbids to quantize them, though TensorRT-RTX 1.7 builds it."""
+    graph = model.graph
+    values = [value for value in (*graph.input, *graph.value_info) if value.type.tensor_type.HasField("shape")]
+    found = {value.name for value in values if not value.type.tensor_type.shape.dim}
+    return found | {tensor.name for tensor in graph.initializer if not tensor.dims}
 
 
 def _problems(graph: Graph, node: NodeProto) -> Iterator[str]:

@@ -1,195 +1,437 @@
-"""TensorRT for RTX: engines for desktop GPUs, built ahead of time on any machine."""
+"""The targets ``tensorrt`` (Jetson, datacentre GPUs) and ``tensorrt-rtx`` (desktop GPUs)."""
 
 from __future__ import annotations
 
-import ctypes
-import json
-from collections.abc import Iterator, Sequence
+import importlib
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import NonNegativeInt, PositiveInt
+
+from mmedge.artifact import file_digest
 from mmedge.errors import TargetError, UsageError, needs_extra, unknown
 from mmedge.targets.base import Build, Lowering, Runner, Target
-from mmedge.targets.checked import checked, reported
-from mmedge.targets.onnx_graph import Graph, label, onnx_version, read_graph
-from mmedge.targets.tensorrt.lint import lint_tensorrt
-from mmedge.targets.tensorrt.log import conversions, coverage, read_kernels
+from mmedge.targets.checked import TimedRunner, checked, in_batches, reported
+from mmedge.targets.devices import Device, Software
+from mmedge.targets.lowered import described
+from mmedge.targets.onnx_graph import Graph, files_of, label, read_graph
+from mmedge.targets.tensorrt.building import BuildOptions, Plan, build_plan
+from mmedge.targets.tensorrt.gpu import compute_capability
+from mmedge.targets.tensorrt.jetpack import jetpack_release
+from mmedge.targets.tensorrt.layers import fusion, read_layers
+from mmedge.targets.tensorrt.log import Kernel, read_kernels
+from mmedge.targets.tensorrt.plan import EngineManifest, Here, Trust, admit, seal, write_manifest
+from mmedge.tensors import Array
 
-ENGINE = "engine.plan"
-DESCRIPTION = "io.json"
-COMPUTE_CAPABILITIES = ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121")
-_DRIVER_NOISE = "CUDA driver version is insufficient"  # said of every error on a machine without a GPU
+PLAN = "engine.plan"
+BATCH = {"min": 1, "opt": 1, "max": 8}
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+_KEPT_WARNINGS = 20
 
 
-class TensorRtRtx(Target):
+class _Nvidia(Target):
+    """What both have in common: lint, build, seal, admit, run.
+
+    Attributes:
+        module: the Python module.
+        runtime: what plans are for.
+        lowering: with float16 between INT8 layers where ``half``.
+    """
+
+    module: str
+    runtime: Literal["tensorrt", "tensorrt-rtx"]
+    version = 2
+
+    def __init__(
+        self,
+        device: Device | None,
+        half: bool,
+        cuda_graph: bool,
+        allow_unsigned: bool,
+        trusted_keys: list[Path] | None,
+    ) -> None:
+        self.device, self.cuda_graph = device, cuda_graph
+        self.lowering = Lowering(float_type="float16" if half else "float32")
+        self.trust = Trust(tuple(trusted_keys or ()), allow_unsigned)
+
+    def describe(self, model: Path, batch: Mapping[str, int]) -> dict[str, Any]:
+        """Names of weighted layers, opset; refuses what TensorRT would refuse or not run as written."""
+        from mmedge.targets.tensorrt.ceiling import over_ceiling
+        from mmedge.targets.tensorrt.lint import lint_tensorrt
+
+        with reported("reading the model", str(model)):
+            graph = read_graph(model)
+        problems = lint_tensorrt(graph) + over_ceiling(graph, *self._ceiling()) + self._lint(graph, batch)
+        if problems:
+            raise TargetError(
+                f"TensorRT would refuse this graph or not run it as written ({len(problems)} places)",
+                where=str(model),
+                fix="\n  ".join(problems[:10]),
+            )
+        opset = next((each.version for each in graph.opset_import if each.domain in ("", "ai.onnx")), None)
+        about = {"weighted": [label(node) for node, _ in Graph(graph).weighted()], "opset": opset}
+        return {**about, **self._remarks(graph)}
+
+    def _remarks(self, graph: Any) -> dict[str, Any]:
+        """What the user must know of the graph although it is built."""
+        return {}
+
+    def _ceiling(self) -> tuple[int | None, str | None]:
+        """Highest opset and TensorRT version of the device, None where any current one will do."""
+        return None, None
+
+    def _lint(self, graph: Any, batch: Mapping[str, int]) -> list[str]:
+        """What else this target cannot do."""
+        return []
+
+    def build(self, model: Path, folder: Path) -> Build:
+        """Parse, build and seal; the coverage is what the builder itself tells. Needs no onnx where described."""
+        versions = self.check()
+        trt = self._module()
+        about = described(model) or {**self.describe(model, BATCH), "batch": BATCH}
+        plan = build_plan(trt, model, self._options(about["batch"]), self.progress)
+        (folder / PLAN).write_bytes(plan.content)
+        found = fusion(self._kernels(trt, plan), about["weighted"])
+        facts = {
+            "versions": versions,
+            **plan.flags,
+            "engine_bytes": len(plan.content),
+            "weights_bytes": weights_bytes(plan),
+            "warnings": plan.warnings[:_KEPT_WARNINGS],
+            **found.facts(),
+            **({"moves_to_gpu": about["moves_to_gpu"]} if "moves_to_gpu" in about else {}),
+        }
+        write_manifest(folder, self._manifest(trt, model, plan, about, facts))
+        seal(folder)
+        reformats = tuple(f"{before} → {after}" for before, after in found.reformats)
+        return Build(replace(found.coverage, reformats=reformats), facts)
+
+    @abstractmethod
+    def _options(self, batch: dict[str, int]) -> BuildOptions:
+        """How engines of this target are built."""
+
+    @abstractmethod
+    def _kernels(self, trt: Any, plan: Plan) -> list[Kernel]:
+        """What the engine runs, by the builder's or the engine's own account."""
+
+    @abstractmethod
+    def _capabilities(self) -> tuple[str, ...]:
+        """Compute capabilities of GPUs that the engine runs on."""
+
+    def _manifest(
+        self, trt: Any, model: Path, plan: Plan, about: dict[str, Any], facts: dict[str, Any]
+    ) -> EngineManifest:
+        return EngineManifest(
+            runtime=self.runtime,
+            runtime_version=str(trt.__version__),
+            sms=self._capabilities(),
+            jetpack=jetpack_release(),
+            dla_core=plan.flags.get("dla_core"),
+            flags=plan.flags,
+            onnx_sha256="+".join(file_digest(file) for file in files_of(model)),
+            plan_sha256=file_digest_of(plan.content),
+            plan_bytes=len(plan.content),
+            timing_cache_sha256=plan.timing_cache_sha256,
+            inputs=plan.inputs,
+            outputs=plan.outputs,
+            batch=about["batch"],
+            log={key: facts[key] for key in ("kernels", "conversions", "warnings") if key in facts},
+            built=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+
+    def cannot_run(self) -> str | None:
+        """Why there is no GPU here that the engines run on; asks the driver, if there is one."""
+        wanted, found = self._capabilities(), compute_capability()
+        if found in wanted or (found and not wanted):
+            return None
+        here = f"the one here is SM {found}" if found else "none here"
+        return f"{self.name} engines need an NVIDIA GPU ({', '.join(f'SM {each}' for each in wanted) or 'any'}); {here}"
+
+    @contextmanager
+    def runner(self, folder: Path, threads: int) -> Iterator[Runner]:
+        """See ``Target.runner``; ``threads`` means nothing on a GPU. The first calls of an RTX engine compile kernels.
+
+        What is not this machine's own, another version's or another GPU's engine is refused before it is loaded.
+        """
+        if reason := self.cannot_run():
+            raise TargetError(reason, fix="copy the engine to such a machine and profile it there")
+        from mmedge.targets.tensorrt.execution import execution
+
+        trt = self._module()
+        here = Here(self.runtime, str(trt.__version__), compute_capability() or "", jetpack_release())
+        manifest = admit(folder, here, self.trust)
+        description = {"inputs": manifest.inputs, "outputs": manifest.outputs, "batch": manifest.batch}
+        with execution(
+            trt,
+            folder / PLAN,
+            description,
+            graphs=self.cuda_graph,
+            dla_core=manifest.dla_core,
+            host_code=bool(manifest.flags.get("version_compatible")),
+        ) as running:
+            dtypes = {each["name"]: each["dtype"] for each in manifest.inputs}
+            run = checked(in_batches(running, manifest.batch["max"]), dtypes, self.name)
+
+            def parts_ms(inputs: Mapping[str, Array]) -> dict[str, float]:
+                _, timing = running.timed(inputs)
+                return {"h2d": timing.h2d_ms, "device": timing.device_ms, "d2h": timing.d2h_ms}
+
+            yield TimedRunner(run, parts_ms)
+
+    def _in_half(self) -> Target:
+        other = copy(self)
+        other.lowering = Lowering(float_type="float16")
+        return other
+
+    def _module(self) -> Any:
+        try:
+            return importlib.import_module(self.module)
+        except ImportError as err:
+            raise TargetError(f"{self.name}: the Python package {self.module} is missing", fix=self._install()) from err
+
+    @abstractmethod
+    def _install(self) -> str:
+        """How to get the module."""
+
+
+class TensorRtRtx(_Nvidia):
     """TensorRT for RTX. Building needs no GPU; running needs one of the compute capabilities built for.
 
     Args:
-        compute_capabilities: of ``COMPUTE_CAPABILITIES``. SM75 (Turing) has no INT8 matrix products here.
-        max_batch: the largest batch that the engine accepts; it is tuned for 1.
+        compute_capabilities: of ``RTX_CAPABILITIES``; by default the device's, else 8.6, 8.9 and 12.0. 7.5 (Turing)
+            has no INT8 matrix products here.
         half: compute in float16 what is not INT8.
+        workspace_mib: memory that kernels may use besides weights and activations.
+        cuda_graph: launch the whole engine as one CUDA graph, where the engine allows it.
+        allow_unsigned: run engines that neither this machine built nor a trusted key signed.
+        trusted_keys: files with public keys.
+        device: of the table.
 
     Raises:
         UsageError: an unknown compute capability.
     """
 
     name = "tensorrt-rtx"
+    module = "tensorrt_rtx"
+    runtime = "tensorrt-rtx"
 
     def __init__(
         self,
-        compute_capabilities: Sequence[str] = ("SM86", "SM89", "SM120"),
-        max_batch: int = 8,
+        compute_capabilities: list[str] | None = None,
         half: bool = False,
+        workspace_mib: PositiveInt | None = None,
+        cuda_graph: bool = False,
+        allow_unsigned: bool = False,
+        trusted_keys: list[Path] | None = None,
+        device: Device | None = None,
     ) -> None:
-        for capability in compute_capabilities:
-            if capability not in COMPUTE_CAPABILITIES:
-                problem, fix = unknown("compute capability", capability, COMPUTE_CAPABILITIES)
+        super().__init__(device, half, cuda_graph, allow_unsigned, trusted_keys)
+        default = [device.sm] if device is not None and device.sm else ["8.6", "8.9", "12.0"]
+        self.compute_capabilities = tuple(compute_capabilities or default)
+        for capability in self.compute_capabilities:
+            if capability not in RTX_CAPABILITIES:
+                problem, fix = unknown("compute capability", capability, RTX_CAPABILITIES)
                 raise UsageError(problem, where=self.name, fix=fix)
-        self.compute_capabilities = tuple(compute_capabilities)
-        self.max_batch = max_batch
-        self.lowering = Lowering(float_type="float16" if half else "float32")
+        self.workspace_mib = workspace_mib
 
     def forms(self) -> list[Target]:
         """float32 and float16: on a GPU an INT8 engine with float32 between its layers is no match for float16."""
-        return [self, TensorRtRtx(self.compute_capabilities, self.max_batch, half=True)]
+        return [self, self._in_half()]
 
     def check(self) -> dict[str, str]:
         """See ``Target.check``."""
-        return {"tensorrt-rtx": str(_tensorrt().__version__), "onnx": onnx_version()}
+        return {"tensorrt-rtx": str(self._module().__version__)}
 
-    def build(self, model: Path, folder: Path) -> Build:
-        """Lint, parse and build; the coverage is read from the builder's own log."""
-        versions = self.check()
-        trt = _tensorrt()
-        with reported("reading the model", str(model)):
-            graph = read_graph(model)
-        if problems := lint_tensorrt(graph):
-            raise TargetError(
-                f"TensorRT would refuse this graph or not run it as written ({len(problems)} places)",
-                where=str(model),
-                fix="\n  ".join(problems[:10]),
+    def options(self) -> dict[str, Any]:
+        """See ``Target.options``."""
+        return {"compute_capabilities": list(self.compute_capabilities), "workspace_mib": self.workspace_mib}
+
+    def _options(self, batch: dict[str, int]) -> BuildOptions:
+        return BuildOptions(batch, self.compute_capabilities, self.workspace_mib)
+
+    def _capabilities(self) -> tuple[str, ...]:
+        return self.compute_capabilities
+
+    def _kernels(self, trt: Any, plan: Plan) -> list[Kernel]:
+        return read_kernels(text for _, text in plan.messages)
+
+    def _install(self) -> str:
+        return needs_extra("tensorrt-rtx-cu13", "rtx")
+
+
+class TensorRt(_Nvidia):
+    """TensorRT proper: engines are built on the device that runs them, with the TensorRT that it has.
+
+    Written to the documentation of TensorRT 10.3 and 11.4; not yet run on a GPU.
+
+    Args:
+        device: of the table; none means whatever GPU is here.
+        jetpack: release that the graph must suit (``6.2``); the device's usual one by default.
+        half: compute in float16 what is not INT8.
+        dla_core: build for this DLA core.
+        workspace_mib: memory that kernels may use besides weights and activations.
+        timing_cache: a file that makes later builds of the same kernels quick and alike.
+        version_compatible: see TensorRT's documentation; costs speed.
+        hardware_compatible: for all GPUs from Ampere on; costs speed.
+        cuda_graph: launch the whole engine as one CUDA graph, where the engine allows it.
+        allow_unsigned: run engines that neither this machine built nor a trusted key signed.
+        trusted_keys: files with public keys.
+
+    Raises:
+        UsageError: the device has no such release or DLA core.
+    """
+
+    name = "tensorrt"
+    module = "tensorrt"
+    runtime = "tensorrt"
+    built_on_device = True
+
+    def __init__(
+        self,
+        device: Device | None = None,
+        jetpack: str | float | None = None,
+        half: bool = False,
+        dla_core: NonNegativeInt | None = None,
+        workspace_mib: PositiveInt | None = None,
+        timing_cache: Path | None = None,
+        version_compatible: bool = False,
+        hardware_compatible: bool = False,
+        cuda_graph: bool = False,
+        allow_unsigned: bool = False,
+        trusted_keys: list[Path] | None = None,
+    ) -> None:
+        super().__init__(device, half, cuda_graph, allow_unsigned, trusted_keys)
+        self.software: Software | None = device.release(None if jetpack is None else str(jetpack)) if device else None
+        if jetpack is not None and device is None:
+            raise UsageError(
+                "a JetPack belongs to a device", where=self.name, fix="for example jetson-agx-orin:jetpack=6.2"
             )
-        logger = _recorder(trt)
-        plan, description = self._plan(trt, logger, model)
-        (folder / ENGINE).write_bytes(plan)
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2))
-        kernels = read_kernels(text for _, text in logger.messages)
-        facts = {
-            "versions": versions,
-            "compute_capabilities": list(self.compute_capabilities),
-            "batch": {"min": 1, "opt": 1, "max": self.max_batch},
-            "engine_bytes": len(plan),
-            "kernels": len(kernels),
-            "conversions": conversions(kernels),
-            "warnings": sorted({text for severity, text in logger.messages if severity == trt.Logger.WARNING}),
+        self.settings = BuildOptions(
+            BATCH,
+            workspace_mib=workspace_mib,
+            timing_cache=timing_cache,
+            dla_core=dla_core,
+            half_by_flag=dla_core is not None and self._weak(),
+            version_compatible=version_compatible,
+            hardware_compatible=hardware_compatible,
+        )
+        if dla_core is not None:
+            self._check_dla(dla_core)
+
+    def _weak(self) -> bool:
+        """Before TensorRT 11 the DLA takes no strongly typed network."""
+        return self.software is None or self.software.typing == "weak"
+
+    def _check_dla(self, core: int) -> None:
+        where = f"target {self.name!r}"
+        if self.device is None or self.device.dla is None:
+            raise UsageError("this device has no DLA", where=where, fix="leave dla_core out")
+        if core >= self.device.dla.cores:
+            cores = self.device.dla.cores
+            raise UsageError(f"{self.device.title} has DLA cores 0 to {cores - 1}, not {core}", where=where)
+        if self.software is not None and not self.software.dla:
+            fix = "choose another jetpack, or leave dla_core out"
+            raise UsageError(f"TensorRT {self.software.tensorrt} of {self.software.name} builds for no DLA", fix=fix)
+
+    def forms(self) -> list[Target]:
+        """float32 and float16; on a DLA only what that computes in."""
+        if self.settings.dla_core is not None:
+            return [self] if self.settings.half_by_flag else [self._in_half()]
+        return [self, self._in_half()]
+
+    def check(self) -> dict[str, str]:
+        """See ``Target.check``; also that the GPU here is the device's."""
+        trt = self._module()
+        found = compute_capability()
+        if found is None:
+            raise TargetError("TensorRT builds on the GPU that the engine is for; none here", fix=self._elsewhere())
+        if self.device is not None and self.device.sm != found:
+            problem = f"{self.device.title} has SM {self.device.sm}, the GPU here SM {found}"
+            raise TargetError(problem, where=self.name, fix=self._elsewhere())
+        versions = {"tensorrt": str(trt.__version__), "sm": found}
+        if release := jetpack_release():
+            versions["jetpack"] = release
+        return versions
+
+    def _elsewhere(self) -> str:
+        return f"copy the run to the device and run there: mmedge build RUN --target {self.name}"
+
+    def options(self) -> dict[str, Any]:
+        """See ``Target.options``."""
+        settings = self.settings
+        return {
+            "dla_core": settings.dla_core,
+            "workspace_mib": settings.workspace_mib,
+            "version_compatible": settings.version_compatible,
+            "hardware_compatible": settings.hardware_compatible,
         }
-        return Build(coverage(kernels, [label(node) for node, _ in Graph(graph).weighted()]), facts)
 
-    def _plan(self, trt: Any, logger: Any, model: Path) -> tuple[bytes, dict[str, Any]]:
-        builder = trt.Builder(logger)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, logger)
-        if not parser.parse_from_file(str(model)):
-            errors = [_words(parser.get_error(index)) for index in range(parser.num_errors)]
-            raise TargetError(f"TensorRT's parser refuses the model: {'; '.join(errors)}", where=str(model))
-        config = builder.create_builder_config()
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        config.num_compute_capabilities = len(self.compute_capabilities)
-        for index, capability in enumerate(self.compute_capabilities):
-            config.set_compute_capability(getattr(trt.ComputeCapability, capability), index)
-        config.add_optimization_profile(self._profile(builder, network))
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            errors = [text for severity, text in logger.messages if severity <= trt.Logger.ERROR]
-            errors = [text for text in errors if _DRIVER_NOISE not in text] or ["no reason in the log"]
-            raise TargetError(f"TensorRT cannot build the engine: {'; '.join(errors)[:1000]}", where=str(model))
-        inputs = [_tensor(trt, network.get_input(index)) for index in range(network.num_inputs)]
-        outputs = [_tensor(trt, network.get_output(index)) for index in range(network.num_outputs)]
-        return bytes(plan), {"inputs": inputs, "outputs": outputs, "max_batch": self.max_batch}
+    def _options(self, batch: dict[str, int]) -> BuildOptions:
+        return replace(self.settings, batch=batch)
 
-    def _profile(self, builder: Any, network: Any) -> Any:
-        profile = builder.create_optimization_profile()
-        for tensor in (network.get_input(index) for index in range(network.num_inputs)):
-            _, *rest = shape = tuple(tensor.shape)
-            if -1 in rest:
-                raise TargetError(
-                    f"input {tensor.name!r} has shape {shape}: more than its first dimension may change",
-                    fix="export it with fixed sizes after the batch",
-                )
-            if shape[0] == -1:
-                profile.set_shape(tensor.name, (1, *rest), (1, *rest), (self.max_batch, *rest))
-        return profile
+    def _capabilities(self) -> tuple[str, ...]:
+        if self.device is not None and self.device.sm:
+            return (self.device.sm,)
+        found = compute_capability()
+        return (found,) if found else ()
 
-    def cannot_run(self) -> str | None:
-        """Why there is no GPU here that the engines run on; asks the driver, if there is one."""
-        wanted = ", ".join(f"SM {each[2:-1]}.{each[-1]}" for each in self.compute_capabilities)
-        found = _gpu()
-        if found in self.compute_capabilities:
-            return None
-        here = f"the one here is SM {found[2:-1]}.{found[-1]}" if found else "none here"
-        return f"TensorRT-RTX engines need an NVIDIA GPU ({wanted}); {here}"
+    def _ceiling(self) -> tuple[int | None, str | None]:
+        return (self.software.opset, self.software.tensorrt) if self.software else (None, None)
 
-    @contextmanager
-    def runner(self, folder: Path, threads: int) -> Iterator[Runner]:
-        """See ``Target.runner``; ``threads`` means nothing on a GPU.
+    def _lint(self, graph: Any, batch: Mapping[str, int]) -> list[str]:
+        if self.settings.dla_core is None:
+            return []
+        from mmedge.targets.tensorrt.dla import dla_limits
 
-        Written to TensorRT's and CUDA Python's documentation, never yet run on a GPU. The first calls compile kernels.
-        """
-        if reason := self.cannot_run():
-            raise TargetError(reason, fix="copy the engine to such a machine and profile it there")
-        from mmedge.targets.tensorrt.execution import execution
+        problems = dla_limits(graph, batch)
+        if self.settings.half_by_flag and any(node.op_type == "QuantizeLinear" for node in graph.graph.node):
+            problems.append("the DLA of this TensorRT takes no Q/DQ: quantized stages cannot be built for it")
+        return problems
 
-        description = json.loads((folder / DESCRIPTION).read_text())
-        with execution(_tensorrt(), folder / ENGINE, description) as run:
-            yield checked(run, {each["name"]: each["dtype"] for each in description["inputs"]}, self.name)
+    def _remarks(self, graph: Any) -> dict[str, Any]:
+        if self.settings.dla_core is None:
+            return {}
+        from mmedge.targets.tensorrt.dla import dla_moves
+
+        return {"moves_to_gpu": dla_moves(graph, strongly_typed=not self.settings.half_by_flag)}
+
+    def _kernels(self, trt: Any, plan: Plan) -> list[Kernel]:
+        """From the finished engine's layer information; an engine just built here needs no admission."""
+        engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan.content)
+        if engine is None:
+            raise TargetError("the engine that was just built cannot be loaded", fix="mmedge doctor")
+        context = engine.create_execution_context()
+        for tensor in plan.inputs:  # types of dynamic tensors are told only where shapes are set
+            opt = plan.batch["opt"]
+            context.set_input_shape(tensor["name"], [opt if size == "batch" else size for size in tensor["shape"]])
+        inspector = engine.create_engine_inspector()
+        inspector.execution_context = context
+        return read_layers(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+    def _install(self) -> str:
+        return (
+            "on a Jetson it comes with JetPack: sudo apt-get install nvidia-jetpack, and make the environment with "
+            '--system-site-packages; elsewhere: pip install "mmedge[tensorrt]"'
+        )
 
 
-def _tensorrt() -> Any:
-    try:
-        import tensorrt_rtx
-    except ImportError as err:
-        raise TargetError("TensorRT for RTX is missing", fix=needs_extra("tensorrt-rtx-cu13", "rtx")) from err
-    return tensorrt_rtx
+def file_digest_of(content: bytes) -> str:
+    """The sha256 of an engine in memory."""
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest()
 
 
-def _recorder(trt: Any) -> Any:
-    """A logger that keeps every message, for the builder tells its choices only there."""
-
-    class Recorder(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: list[tuple[Any, str]] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            self.messages.append((severity, message))
-
-    return Recorder()
-
-
-def _words(error: Any) -> str:
-    reason = " ".join(line for line in error.desc().splitlines() if _DRIVER_NOISE not in line)
-    return f"{error.node_operator()} {error.node_name()}: {reason}"
-
-
-def _tensor(trt: Any, tensor: Any) -> dict[str, Any]:
-    import numpy as np
-
-    sizes = [size if size >= 0 else "any" if axis else "batch" for axis, size in enumerate(tensor.shape)]
-    return {"name": tensor.name, "dtype": np.dtype(trt.nptype(tensor.dtype)).name, "shape": sizes}
-
-
-def _gpu() -> str | None:
-    """The compute capability of the first GPU (``SM89``) from the driver, None without either."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    asked = (
-        driver.cuInit(0),
-        driver.cuDeviceGet(ctypes.byref(device), 0),
-        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device),  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-        driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device),
-    )
-    return f"SM{major.value}{minor.value}" if not any(asked) else None
+def weights_bytes(plan: Plan) -> int | None:
+    """What the weights take: ``Total Weights Memory: N bytes`` of the builder's log, None where it is silent."""
+    for _, text in plan.messages:
+        for line in text.splitlines():
+            if line.startswith("Total Weights Memory:"):
+                return int(line.split()[3])
+    return None

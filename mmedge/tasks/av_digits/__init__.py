@@ -7,13 +7,13 @@ parameters. ``data`` says what is measured, ``model`` what is compressed, ``trai
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mmedge.task import Batch, Metric, Split, Task, accuracy
 from mmedge.tasks.av_digits import data
+from mmedge.tasks.shipped import trained_weights
 from mmedge.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -43,16 +43,10 @@ def loss(outputs: Mapping[str, Tensor], targets: Tensor) -> Tensor:
 
 def task() -> Task:
     """The trained model with its data, loss and metric."""
-    from safetensors.torch import load_file
-
     from mmedge.tasks.av_digits.model import AvDigits
 
     model = AvDigits()
-    state = load_file(str(files(__package__) / "teacher.safetensors"))
-    # Kept in float16 to halve the file; used in float32.
-    model.load_state_dict(
-        {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-    )
+    model.load_state_dict(trained_weights(__package__))
     return Task(
         name="av_digits",
         model=model.eval(),

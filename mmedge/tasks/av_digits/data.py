@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmedge.tasks.av_digits.make_speech import FRAMES, MELS
+from mmedge.tasks.shipped import shipped
 
 IMAGE_SIZE = 32
 SHIFT = 8  # the utterance starts up to this many frames early or late
@@ -63,7 +63,7 @@ def load(split: str) -> Pairs:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    with np.load(str(files(__package__) / "speech.npz"), allow_pickle=False) as archive:
+    with np.load(shipped(__package__, "speech.npz"), allow_pickle=False) as archive:
         features, labels, voices = (archive[key] for key in ("features", "labels", "voices"))
     order = np.random.default_rng(7)
     image_rank = order.permutation(len(digits.target))

@@ -7,12 +7,12 @@ how the weights came to be.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from mmedge.task import Batch, Metric, Split, Task
 from mmedge.tasks.scene_clip import data
 from mmedge.tasks.scenes import IMAGE_SIZE, WORDS
+from mmedge.tasks.shipped import trained_weights
 from mmedge.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -53,12 +53,8 @@ def student() -> SceneClip:
 
 def task() -> Task:
     """The trained model with its data, loss and metric."""
-    from safetensors.torch import load_file
-
     model = network()
-    # Kept in bfloat16 to halve the file; used in float32.
-    state = load_file(str(files(__package__) / "teacher.safetensors"))
-    model.load_state_dict({name: value.float() for name, value in state.items()})
+    model.load_state_dict(trained_weights(__package__))
     return Task(
         name="scene_clip",
         model=model.eval(),

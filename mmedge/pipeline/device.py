@@ -1,0 +1,295 @@
+"""Going on with a workstation's run on the device that it is for: ``mmedge build RUN --target NAME``.
+
+Device side: neither torch nor onnx. The run brings the lowered graphs, a few inputs and PyTorch's answers to them; here
+engines are built from them, compared with those answers, and timed. What is found is kept in ``devices/NAME.json`` of
+the run, and every report of the run, here or back on the workstation, takes it up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmedge import plugins
+from mmedge.artifact import Artifact, Store, load_artifact, write_text
+from mmedge.errors import ArtifactError, UsageError
+from mmedge.pipeline.engines import build_engine, place_name
+from mmedge.pipeline.environment import cpu_name, environment
+from mmedge.pipeline.folder import RunFolder, open_run, processors, read_json
+from mmedge.pipeline.rows import NO_RAILS, Timed, coverage_fields, fraction, timing_json, timings
+from mmedge.profile.accuracy import parity
+from mmedge.profile.latency import EngineRef, interleaved
+from mmedge.profile.statistics import Speedup
+from mmedge.progress import Progress
+from mmedge.recipe import Recipe, load_recipe
+from mmedge.report.gates import GatesConfig, evaluate, verdict
+from mmedge.report.model import Environment, Report, Result, Stage
+from mmedge.targets.base import Target
+from mmedge.tensors import Array
+
+NO_DATA = "the test data stays on the workstation; add a CPU target there for the accuracy"
+
+
+def with_devices(report: Report, folder: RunFolder) -> Report:
+    """The report with what was measured on devices: rows of the same networks, in the place of what was deferred."""
+    devices: dict[str, Environment] = {}
+    stages, deferred = list(report.stages), list(report.deferred)
+    for file in sorted((folder.path / "devices").glob("*.json")):
+        found = read_json(file)
+        rows = {row["digest"]: Result.model_validate(row["result"]) for row in found["rows"]}
+        target = str(found["target"])
+        if not any(stage.digest in rows for stage in stages):
+            continue  # the run has other networks by now
+        devices[target] = Environment.model_validate(found["environment"])
+        deferred = [each for each in deferred if each.target != target]
+        stages = [_with_row(stage, rows.get(stage.digest), target) for stage in stages]
+    return report.model_copy(update={"stages": stages, "deferred": deferred, "devices": devices})
+
+
+def _with_row(stage: Stage, row: Result | None, target: str) -> Stage:
+    others = [result for result in stage.results if result.target != target]
+    return stage.model_copy(update={"results": others if row is None else [*others, row]})
+
+
+def judged(report: Report, gates: GatesConfig, last: str | None) -> Report:
+    """The report with its gates judged and its verdict, fit to be saved."""
+    found = evaluate(gates, report, last)
+    return report.model_copy(update={"gates": found, "verdict": verdict(found)}).finite()
+
+
+def holds(run: Path, target: str) -> bool:
+    """Whether a run has graphs that were lowered for ``target``."""
+    folder, _ = open_run(run)
+    return any(
+        found.about.get("target") == target for found in _artifacts(folder) if found.manifest.name.endswith("-lowered")
+    )
+
+
+def build_here(run: Path, name: str, command: str, progress: Progress) -> tuple[Report, RunFolder]:
+    """Build and measure, on this machine, the engines of a run for one of its targets.
+
+    Raises:
+        UsageError: it is no finished run, or holds nothing for this target.
+        TargetError: the target cannot be used here, or refuses a graph.
+    """
+    folder, _ = open_run(run)
+    report = Report.load(run)
+    target = plugins.target(name)
+    versions = target.check()
+    if why := target.cannot_run():
+        progress.say(f"engines are built and not run: {why}")
+    recipe = load_recipe(folder.recipe)
+    with folder.locked():
+        folder.log("build", command=command, target=name)
+        store = Store(folder.artifacts, command, progress.say)
+        device = _Device(folder, report, recipe, target, versions, store, progress)
+        rows = device.rows()
+        here = environment().model_dump()
+        found = {"target": name, "environment": here, "rows": rows}
+        (folder.path / "devices").mkdir(exist_ok=True)
+        write_text(folder.path / "devices" / f"{place_name(name)}.json", json.dumps(found, indent=2) + "\n")
+        stopped = len(report.stages) <= len(recipe.stages)  # the gates at the top judge the recipe's last stage
+        last = next(iter(recipe.stages[-1])) if stopped else None
+        whole = judged(with_devices(report, folder), recipe.gates, last)
+        whole.save(folder.report)
+        folder.log("done", verdict=whole.verdict)
+    return whole, folder
+
+
+def _artifacts(folder: RunFolder) -> Iterator[Artifact]:
+    """Every intact artifact of a run; a damaged one is none."""
+    for manifest in sorted(folder.artifacts.glob("*/manifest.json")):
+        try:
+            yield load_artifact(manifest.parent)
+        except ArtifactError:
+            continue
+
+
+@dataclass
+class _Device:
+    """One target of a run, on the machine that runs it."""
+
+    folder: RunFolder
+    report: Report
+    recipe: Recipe
+    target: Target
+    versions: dict[str, str]
+    store: Store
+    progress: Progress
+    known: dict[str, list[Artifact]] = field(default_factory=dict)  # by the digest of what they were made from
+
+    def __post_init__(self) -> None:
+        for artifact in _artifacts(self.folder):
+            if artifact.manifest.parent:
+                self.known.setdefault(artifact.manifest.parent, []).append(artifact)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per stage: ``digest`` of the network and the ``result``, JSON."""
+        stages = [stage for stage in self.report.stages if self._lowered(stage)]
+        if not stages:
+            where, name = str(self.folder.path), self.target.name
+            fix = f"on the workstation: mmedge build {where} --target {name}"
+            raise UsageError(f"the run has nothing lowered for {name}", where=where, fix=fix)
+        engines = {stage.name: self._engines(stage) for stage in stages}
+        why = self.target.cannot_run()
+        shipped = {stage.name: self._ship(stage, engines, why) for stage in stages}
+        times = {} if why else self._timings(stages, shipped)
+        rows = []
+        for stage in stages:
+            result = self._row(stage, shipped[stage.name], shipped[stages[0].name], times.get(stage.name), why)
+            rows.append({"digest": stage.digest, "result": result.finite().model_dump()})
+        return rows
+
+    def _lowered(self, stage: Stage) -> dict[str, Artifact]:
+        """Whole lowered graphs of a stage for this target by precision, those with released layers left out."""
+        portable = [each for each in self.known.get(stage.digest, ()) if each.manifest.kind == "onnx"]
+        found = [each for one in portable for each in self.known.get(one.digest, ())]
+        mine = [each for each in found if each.about.get("target") == self.target.name]
+        return {each.about["precision"]: each for each in mine if "-part" not in each.manifest.name}
+
+    def _engines(self, stage: Stage) -> dict[str, Artifact]:
+        """By precision of what is not INT8, in the order of the target's forms."""
+        lowered = self._lowered(stage)
+        built: dict[str, Artifact] = {}
+        for form in self.target.forms():
+            if form.float_name in lowered:
+                self.progress.say(f"{stage.name}: building for {self.target.name}, {form.float_name}")
+                graph = lowered[form.float_name]
+                built[form.float_name] = build_engine(self.store, graph, form, self.versions, self.progress)
+        return built
+
+    def _ship(self, stage: Stage, engines: dict[str, dict[str, Artifact]], why: str | None) -> _Shipped:
+        """The engine of a stage; of an INT8 network the faster of it and its higher-precision twin."""
+        own = engines[stage.name]
+        parent = self._float_parent(stage)
+        if stage.quantization is None or parent is None:
+            first = next(iter(own))
+            return _Shipped(own[first], first)
+        if why:
+            last = list(own)[-1]
+            return _Shipped(own[last], last, shipped="int8", reason=f"not compared with a higher precision: {why}")
+        whole = {f"int8 {name}": artifact for name, artifact in own.items()}
+        twins = dict(engines[parent.name])
+        times = self._quick({**twins, **whole})
+        twin, int8 = min(twins, key=times.__getitem__), min(whole, key=times.__getitem__)
+        gain, least = times[twin] / times[int8], self.recipe.twin.min_speedup
+        told = f"{gain:.2f}x the speed of its {twin} twin (at least {least:.2f}x)"
+        if gain >= least:
+            return _Shipped(whole[int8], int8.removeprefix("int8 "), twins[twin], twin, "int8", told)
+        told += "; groups of layers are given back to floating point on a workstation only"
+        return _Shipped(twins[twin], twin, twins[twin], twin, "twin", told)
+
+    def _float_parent(self, stage: Stage) -> Stage | None:
+        by_name = {each.name: each for each in self.report.stages}
+        current: Stage | None = stage
+        while current is not None and (current is stage or current.quantization is not None):
+            current = by_name.get(current.parent or "")
+        return current
+
+    def _quick(self, engines: dict[str, Artifact]) -> dict[str, float]:
+        """Time relative to the first engine."""
+        refs = [EngineRef(name, self.target.name, str(artifact.path)) for name, artifact in engines.items()]
+        rule = self.recipe.twin
+        series = interleaved(
+            refs, self._samples()[0], queries=rule.queries, budget_s=rule.budget_s, progress=self.progress
+        )
+        return {ref.id: 1 / Speedup.of(series[refs[0].id], series[ref.id]).value for ref in refs}
+
+    def _timings(self, stages: list[Stage], shipped: dict[str, _Shipped]) -> dict[str, Any]:
+        known = {stage.name for stage in stages}
+        engines = [
+            Timed(
+                stage.name,
+                shipped[stage.name].engine,
+                stage.parent if stage.parent in known else None,
+                shipped[stage.name].twin,
+            )
+            for stage in stages
+        ]
+        inputs = {
+            "engines": [each.engine.digest for each in engines],
+            "profile": self.recipe.profile.model_dump(include={"threads", "queries", "budget_s"}),
+            "machine": [cpu_name(), self.versions],
+        }
+        samples = self._samples()[0]
+        return self.store.values(
+            place_name(f"timing-{self.target.name}"),
+            inputs,
+            lambda: timings(self.target.name, engines, samples, self.recipe.profile, self.progress),
+        )
+
+    def _samples(self, stage: Stage | None = None) -> tuple[dict[str, Array], dict[str, Array]]:
+        """A few inputs, and PyTorch's answers of a stage's network to them."""
+        wanted = stage or self.report.stages[0]
+        found = [each for each in self.known.get(wanted.digest, ()) if each.manifest.name == f"{wanted.name}-samples"]
+        if not found:
+            raise ArtifactError(f"the run has no samples of {wanted.name}", where=str(self.folder.path))
+        return _arrays(found[-1].file("inputs.npz")), _arrays(found[-1].file("outputs.npz"))
+
+    def _parity(self, stage: Stage, engine: Artifact) -> dict[str, float]:
+        inputs, reference = self._samples(stage)
+        with self.target.runner(engine.path, processors()) as run:
+            return parity(reference, run(inputs))
+
+    def _row(self, stage: Stage, own: _Shipped, first: _Shipped, timing: Any, why: str | None) -> Result:
+        reasons = {"energy_mj": NO_RAILS, "accuracy": why or NO_DATA}
+        if why:
+            reasons["parity"] = why
+        size = own.engine.size_bytes()
+        covered = fraction(own.engine.about["coverage"])
+        quantized = own.shipped == "int8" and covered != 0
+        whole = "int8" if covered in (None, 1) else "mixed"
+        return Result.model_validate(
+            {
+                "target": self.target.name,
+                "precision": whole if quantized else own.precision,
+                "artifact": f"artifacts/{own.engine.path.name}",
+                "size_bytes": size,
+                "shrink": first.engine.size_bytes() / size,
+                "accuracy": None,
+                "parity": None if why else self._parity(stage, own.engine),
+                "energy_mj": None,
+                "twin": self._twin(own, timing, reasons, why),
+                "versions": self.versions,
+                "reasons": reasons,
+                **coverage_fields(own.engine.about["coverage"], reasons),
+                **timing_json(timing, why, reasons),
+            }
+        )
+
+    def _twin(self, own: _Shipped, timing: Any, reasons: dict[str, str], why: str | None) -> dict[str, Any] | None:
+        if own.shipped is None:
+            return None
+        ratio = timing["vs_twin"] if timing else None
+        if ratio is None or ratio["ci95"] is None:
+            reasons["twin"] = str(ratio["reason"] if ratio else why)
+        return {
+            "precision": own.twin_precision,
+            "speedup": ratio["value"] if ratio else None,
+            "ci95": ratio["ci95"] if ratio else None,
+            "shipped": own.shipped,
+            "backed_off": {},
+            "reason": own.reason,
+        }
+
+
+@dataclass(frozen=True)
+class _Shipped:
+    """What is taken of one stage: see ``mmedge.pipeline.twin.Settled``."""
+
+    engine: Artifact
+    precision: str
+    twin: Artifact | None = None
+    twin_precision: str | None = None
+    shipped: str | None = None
+    reason: str = ""
+
+
+def _arrays(path: Path) -> dict[str, Array]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}

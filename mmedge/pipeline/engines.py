@@ -1,0 +1,58 @@
+"""From a lowered graph to an engine, on a workstation or on the device itself. Device side: neither torch nor onnx."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmedge.artifact import Artifact, Store
+from mmedge.progress import Progress
+from mmedge.targets.base import Coverage, Target
+
+
+def build_engine(
+    store: Store, lowered: Artifact, target: Target, versions: Mapping[str, str], progress: Progress
+) -> Artifact:
+    """The engine of a lowered graph: found, or built now.
+
+    Args:
+        store: of the run.
+        lowered: holds ``model.onnx`` or ``model.pt2``, and its description.
+        target: what builds it.
+        versions: of what builds it, the GPU's compute capability included: another TensorRT builds another engine.
+        progress: told of long builds.
+
+    Raises:
+        TargetError: the backend refuses the model.
+    """
+    inputs = {
+        "lowered": lowered.digest,
+        "target": target.name,
+        "target_version": target.version,
+        "options": target.options(),
+        "versions": dict(versions),
+    }
+
+    def fill(folder: Path) -> dict[str, Any]:
+        target.progress = progress
+        model = next(lowered.path / name for name in ("model.onnx", "model.pt2") if name in lowered.manifest.files)
+        build = target.build(model, folder)
+        about = {key: lowered.about[key] for key in ("target", "inputs", "outputs")}
+        return {**about, "facts": dict(build.facts), "coverage": coverage_json(build.coverage)}
+
+    return store.make("engine", lowered.manifest.name.removesuffix("-lowered"), inputs, fill, lowered)
+
+
+def coverage_json(coverage: Coverage | None) -> dict[str, Any] | None:
+    """Coverage as it is kept in a manifest."""
+    if coverage is None:
+        return None
+    reformats = None if coverage.reformats is None else list(coverage.reformats)
+    return {"int8": list(coverage.int8), "other": dict(coverage.other), "reformats": reformats}
+
+
+def place_name(text: str) -> str:
+    """``text`` fit for a folder's name: the options of a target hold colons."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-")

@@ -1,0 +1,133 @@
+"""Timing engines side by side, and what of it goes into a row of the report. Device side: neither torch nor onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from mmedge.artifact import Artifact
+from mmedge.pipeline.folder import processors
+from mmedge.profile.latency import EngineRef, interleaved, peak_memory_mib
+from mmedge.profile.statistics import Latency, Speedup
+from mmedge.progress import Progress
+from mmedge.recipe import ProfileConfig
+from mmedge.tensors import Arrays
+
+LARGE_ENGINE = 512 << 20  # bytes
+NO_RAILS = "this machine has no power rails to read"
+NOT_YET = "not measured yet"
+FIRST = "the first stage has none before it"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One engine among those that are timed together.
+
+    Attributes:
+        name: of its stage.
+        engine: the artifact.
+        parent: the name of the stage before, None for the first.
+        twin: of an INT8 engine, the higher-precision engine it is compared with.
+    """
+
+    name: str
+    engine: Artifact
+    parent: str | None
+    twin: Artifact | None = None
+
+
+def timings(
+    target: str, engines: Sequence[Timed], samples: Arrays, profile: ProfileConfig, progress: Progress
+) -> dict[str, Any]:
+    """Time the engines of all stages in one interleaved run, and their memory one by one.
+
+    Returns:
+        By stage: ``latency``, ``vs_baseline``, ``vs_parent``, ``vs_twin``, ``memory``, ``threads``; JSON.
+    """
+    refs = [EngineRef(each.name, target, str(each.engine.path)) for each in engines]
+    known = {ref.folder: ref.id for ref in refs}
+    more: list[EngineRef] = []
+    for each in engines:
+        if each.twin and (folder := str(each.twin.path)) not in known:
+            known[folder] = f"twin of {each.name}"
+            more.append(EngineRef(known[folder], target, folder))
+    series = interleaved(
+        [*refs, *more],
+        samples,
+        threads=profile.threads,
+        queries=profile.queries,
+        budget_s=profile.budget_s,
+        progress=progress,
+    )
+    memory = _memory(refs, engines, samples, profile.threads)
+    found: dict[str, Any] = {}
+    for each, peak in zip(engines, memory, strict=True):
+        own = series[each.name]
+        twin = series[known[str(each.twin.path)]] if each.twin else None
+        found[each.name] = {
+            "latency": Latency.of(own).as_json(),
+            "vs_baseline": vars(Speedup.of(series[engines[0].name], own)) if each.parent else None,
+            "vs_parent": Speedup.of(series[each.parent], own).value if each.parent else None,
+            "vs_twin": vars(Speedup.of(twin, own)) if twin is not None else None,
+            "parts": series.parts_ms.get(each.name),
+            "memory": peak,
+            "threads": profile.threads,
+        }
+    return found
+
+
+def _memory(refs: Sequence[EngineRef], engines: Sequence[Timed], samples: Arrays, threads: int) -> list[float]:
+    """One process each. Large ones take turns, so that together they do not need more memory than there is."""
+    large = max(each.engine.size_bytes() for each in engines) > LARGE_ENGINE
+    with ThreadPoolExecutor(1 if large else processors()) as pool:
+        return list(pool.map(lambda ref: peak_memory_mib(ref, samples, threads), refs))
+
+
+def timing_json(timing: Mapping[str, Any] | None, why_not: str | None, reasons: dict[str, str]) -> dict[str, Any]:
+    """``latency_ms``, ``speedup``, ``peak_memory_mib`` and ``threads`` of a row; ``reasons`` gets what is null.
+
+    Args:
+        timing: one stage's entry of ``timings``, None where it was not timed.
+        why_not: why the engine cannot be timed here.
+        reasons: of the row.
+    """
+    names = ("latency_ms", "speedup", "peak_memory_mib", "threads")
+    if timing is None:
+        reasons.update(dict.fromkeys(names, why_not or NOT_YET))
+        return {**dict.fromkeys(names), "parts_ms": None}
+    latency = dict(timing["latency"])
+    why = latency.pop("reason", "")
+    reasons.update({f"latency_ms.{name}": str(why) for name, value in latency.items() if value is None})
+    ratio = timing["vs_baseline"] or {"value": 1.0, "ci95": [1.0, 1.0], "reason": None}
+    if ratio["ci95"] is None:
+        reasons["speedup.ci95"] = str(ratio["reason"])
+    if timing["vs_parent"] is None:
+        reasons["speedup.vs_parent"] = FIRST
+    speedup = {"vs_baseline": ratio["value"], "vs_parent": timing["vs_parent"], "ci95": ratio["ci95"]}
+    return {
+        "latency_ms": latency,
+        "parts_ms": timing.get("parts"),
+        "speedup": speedup,
+        "peak_memory_mib": timing["memory"],
+        "threads": timing["threads"],
+    }
+
+
+def coverage_fields(coverage: Mapping[str, Any] | None, reasons: dict[str, str]) -> dict[str, Any]:
+    """``int8_coverage`` and ``coverage`` of a row; ``reasons`` gets what is null."""
+    found = fraction(coverage)
+    if found is None:
+        reasons["int8_coverage"] = "the runtime does not say" if coverage is None else "no weighted layer"
+    if coverage is None:
+        reasons["coverage"] = reasons["int8_coverage"]
+    return {"int8_coverage": found, "coverage": coverage}
+
+
+def fraction(coverage: Mapping[str, Any] | None) -> float | None:
+    """INT8 layers over all weighted layers."""
+    if coverage is None:
+        return None
+    total = len(coverage["int8"]) + len(coverage["other"])
+    return len(coverage["int8"]) / total if total else None

@@ -1,0 +1,161 @@
+"""Going on with a run on the device that it is for: graphs lowered here, engines built there without torch or onnx."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmedge.artifact import load_artifact
+from mmedge.errors import TargetError, UsageError
+from mmedge.pipeline.compress import Job, compress
+from mmedge.pipeline.device import build_here, holds
+from mmedge.progress import Progress
+from mmedge.recipe import Recipe
+from mmedge.report.html import render
+from mmedge.report.model import Report
+
+RTX = "rtx-4090"
+JETSON = "jetson-agx-orin"
+# A process without the workstation's packages: what is None in sys.modules cannot be imported.
+DEVICE = """
+import sys
+for name in ("torch", "onnx", "onnxruntime", "torchao", "onnxscript", "onnx_ir", "safetensors"):
+    sys.modules[name] = None
+sys.argv = ["mmedge", *sys.argv[1:]]
+from mmedge.cli.main import main
+main()
+"""
+
+
+def job(template: Path, folder: Path, *targets: str) -> Job:
+    raw = {
+        "task": f"{template}:task",
+        "targets": list(targets),
+        "export": {"batch": {"max": 4}},
+        "stages": [{"quantize": {"calibration": {"samples": 64}}}],
+        "twin": {"min_speedup": 0, "max_drop": 1, "queries": 64},
+        "profile": {"queries": 64, "health_samples": 64},
+        "gates": {"max_drop": 0.05},
+    }
+    return Job(Recipe.model_validate(raw), "device.yaml", 0, folder, "mmedge compress …")
+
+
+@pytest.fixture(scope="module")
+def workstation(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    compress(job(template, folder, "onnxruntime", RTX, JETSON), Progress())
+    return folder
+
+
+@pytest.fixture
+def run(workstation: Path, tmp_path: Path) -> Path:
+    """The run, copied to the device."""
+    return shutil.copytree(workstation, tmp_path / "copied")
+
+
+def on_device(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", DEVICE, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_workstation_lowers_for_a_jetson_and_says_what_is_left_to_do(workstation: Path) -> None:
+    report = Report.load(workstation)
+    assert report.targets == ["onnxruntime", RTX]  # nothing is called built that was not
+    waiting = {(each.stage, each.precision) for each in report.deferred if each.target == JETSON}
+    assert waiting == {("baseline", "fp32"), ("baseline", "fp16"), ("quantize", "int8")}
+    for each in report.deferred:
+        lowered = load_artifact(workstation / each.lowered)
+        about = json.loads(lowered.file("model.json").read_text())
+        assert about["batch"] == {"min": 1, "opt": 1, "max": 4}
+        assert about["weighted"]
+        assert "TensorRT" in each.reason or "tensorrt" in each.reason
+    assert f"mmedge build RUN --target {JETSON}" in render(report)
+
+
+def test_engines_are_built_without_torch_and_onnx(run: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    before = Report.load(run)
+    done = on_device("build", str(run), "--target", RTX, "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    report = Report.load(run)
+    assert json.loads(done.stdout)["devices"].keys() == {RTX}
+    for stage, earlier in zip(report.stages, before.stages, strict=True):
+        row = next(result for result in stage.results if result.target == RTX)
+        assert (row.precision, row.int8_coverage) == (("int8", 1.0) if stage.name == "quantize" else ("fp32", 0.0))
+        assert load_artifact(run / row.artifact).manifest.kind == "engine"
+        assert row.accuracy is None
+        assert row.latency_ms is None
+        assert [each for each in stage.results if each.target != RTX] == [
+            each for each in earlier.results if each.target != RTX
+        ]
+    again = on_device("build", str(run), "--target", RTX, "-q")
+    assert again.returncode == 0
+    assert "already" not in again.stderr
+
+
+def test_on_the_device_engines_are_timed_compared_with_pytorch_and_with_their_twin(run: Path) -> None:
+    """ONNX Runtime in the place of a Jetson: the same way, with engines that run here."""
+    report, _ = build_here(run, "onnxruntime", "mmedge build …", Progress())
+    baseline, quantize = (stage.results[-1] for stage in report.stages)
+    assert {baseline.target, quantize.target} == {"onnxruntime"}
+    assert baseline.parity.cosine > 0.9999
+    assert quantize.parity.cosine > 0.99
+    assert quantize.latency_ms.queries == 64
+    assert quantize.speedup.vs_baseline == quantize.speedup.vs_parent
+    assert quantize.twin.shipped == "int8"
+    assert quantize.twin.speedup == pytest.approx(quantize.speedup.vs_baseline)
+    assert "stays on the workstation" in quantize.reasons["accuracy"]
+
+
+def test_an_int8_engine_that_is_no_faster_gives_way_to_its_twin(template: Path, tmp_path: Path) -> None:
+    compress(job(template, tmp_path / "run", "onnxruntime"), Progress())
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("min_speedup: 0.0", "min_speedup: 1000.0"))
+    report, _ = build_here(tmp_path / "run", "onnxruntime", "mmedge build …", Progress())
+    result = report.stages[-1].results[-1]
+    assert (result.precision, result.twin.shipped) == ("fp32", "twin")
+    assert result.artifact == report.stages[0].results[-1].artifact
+    assert "at least 1000.00x" in result.twin.reason
+
+
+def test_what_a_device_measured_stays_when_the_workstation_goes_on(template: Path, run: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    measured, _ = build_here(run, RTX, "mmedge build …", Progress())
+    report, _ = compress(job(template, run, "onnxruntime", JETSON), Progress())  # its own targets are others by now
+    assert {name: device.cpu for name, device in report.devices.items()} == {
+        RTX: measured.devices[RTX].cpu
+    }
+    assert [result.target for result in report.stages[0].results] == ["onnxruntime", RTX]
+    assert {each.target for each in report.deferred} == {JETSON}
+
+
+def test_a_jetson_target_without_tensorrt_is_refused_with_the_way_out(run: Path) -> None:
+    done = on_device("build", str(run), "--target", JETSON)
+    assert done.returncode == TargetError.exit_status
+    assert "--system-site-packages" in done.stderr
+    assert Report.load(run) == Report.load(run)
+
+
+def test_a_run_that_was_not_lowered_for_the_device_says_where_to_do_that(run: Path) -> None:
+    assert holds(run, RTX)
+    assert not holds(run, "rtx-5090")
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(UsageError, match="nothing lowered for rtx-5090") as caught:
+        build_here(run, "rtx-5090", "mmedge build …", Progress())
+    assert "on the workstation: mmedge build" in str(caught.value)
+
+
+def test_a_damaged_graph_is_not_built(run: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    for model in run.glob(f"artifacts/*{RTX}-lowered*/model.onnx"):
+        content = bytearray(model.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        model.unlink()  # it may be linked with an engine's
+        model.write_bytes(content)
+    with pytest.raises(UsageError, match="nothing lowered"):
+        build_here(run, RTX, "mmedge build …", Progress())
