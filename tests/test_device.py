@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,10 @@ def test_the_workstation_lowers_for_a_jetson_and_says_what_is_left_to_do(worksta
         about = json.loads(lowered.file("model.json").read_text())
         assert about["batch"] == {"min": 1, "opt": 1, "max": 4}
         assert about["weighted"]
+        script = lowered.file("build.sh")
+        assert "--stronglyTyped" in script.read_text()
+        assert "--maxShapes=" in script.read_text()
+        assert os.access(script, os.X_OK)
         assert "TensorRT" in each.reason or "tensorrt" in each.reason
     assert f"mmedge build RUN --target {JETSON}" in render(report)
 

@@ -181,7 +181,7 @@ def test_a_torch_that_does_not_see_the_gpu(fake: Callable[[str, str], None]) -> 
 def test_python_and_the_workstation_side() -> None:
     old = check_python((3, 8, 10), "/usr/bin/python3")
     assert old.state == "fail"
-    assert "build.sh" in (old.fix or "")
+    assert "JetPack 5.1" in (old.fix or "")
     assert check_python((3, 10, 0), "python3").state == "ok"
     assert "torchao" in check_workstation().detail
 

@@ -75,7 +75,7 @@ def check_python(found: tuple[int, ...] = tuple(sys.version_info[:3]), executabl
     if found >= OLDEST_PYTHON:
         return Finding("Python", "ok", f"{name}, {executable}")
     oldest = ".".join(map(str, OLDEST_PYTHON))
-    fix = "install a newer one; on JetPack 5.1 build engines with the generated build.sh, which needs no mmedge"
+    fix = "install a newer one; JetPack 5.1 has none and is not built for in this version"
     return Finding("Python", "fail", f"{name}; mmedge needs {oldest} or later", fix)
 
 

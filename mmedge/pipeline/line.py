@@ -217,7 +217,11 @@ class Line:
                 release = shape.Release(released, float_weights(step.network)) if released else None
                 shape.shape_for(portable.file("model.onnx"), lowering, lowered, release, islands)
             names = {"inputs": portable.about["inputs"], "outputs": portable.about["outputs"], "batch": self.batch}
-            write_description(lowered, {**names, **target.describe(lowered, self.batch)})
+            described = {**names, **target.describe(lowered, self.batch)}
+            write_description(lowered, described)
+            for script, text in target.scripts(lowered.name, described).items():
+                (folder / script).write_text(text, encoding="utf-8")
+                (folder / script).chmod(0o755)
             precision = "fp16" if lowering.float_type == "float16" else target.float_name
             return {**names, "target": target.name, "precision": precision}
 

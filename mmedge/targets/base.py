@@ -105,6 +105,15 @@ class Target(ABC):
         """
         return {}
 
+    def scripts(self, model: str, about: Mapping[str, Any]) -> dict[str, str]:
+        """Scripts that do without mmedge what ``build`` does, by file name; none for most backends.
+
+        Args:
+            model: the lowered file's name; the script lies beside it.
+            about: what is known of it: see ``mmedge.targets.lowered``.
+        """
+        return {}
+
     @abstractmethod
     def build(self, model: Path, folder: Path) -> Build:
         """Build an engine from a lowered model; what ``describe`` said lies beside it: see ``mmedge.targets.lowered``.

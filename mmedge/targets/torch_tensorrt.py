@@ -1,8 +1,10 @@
 """Torch-TensorRT: TensorRT engines inside a PyTorch program, for those who stay in PyTorch.
 
 What TensorRT cannot convert runs in PyTorch. Written to the documentation and the sources of Torch-TensorRT 2.13 and
-2.14; **not yet run on a GPU**. Tried on a machine without one: the package does not even import there (it asks for the
-GPU's compute capability), so ``check`` looks for a GPU first. The rewriting of Q/DQ pairs runs anywhere, and is tested.
+2.14; **not yet run on a GPU**. On a machine without one the package does not even import (it asks for the GPU's compute
+capability), so ``check`` looks for a GPU first. In a trial there, with those questions answered by hand, the lowering
+and the converters of Torch-TensorRT-RTX 2.14 took float and rewritten Q/DQ programs whole, batch symbolic, and
+TensorRT for RTX 1.7 built plans of them in which every INT8 layer was an INT8 kernel.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 Node = Any  # torch.fx.Node says of its arguments only that they may be anything
 
 COMPILED = "compiled.pt2"
+GPU = "cuda:0"
 PACKAGES = ("torch-tensorrt", "torch-tensorrt-rtx")  # both bring the module torch_tensorrt
 VERSIONS = ("2.13", "2.14")
 BATCH = {"min": 1, "opt": 1, "max": 8}  # where nothing else is described
@@ -180,7 +183,7 @@ class TorchTensorRt(Target):
 
         def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
             with torch.inference_mode():
-                found = module(**{name: torch.from_numpy(array).cuda() for name, array in inputs.items()})
+                found = module(**{name: torch.from_numpy(array).to(GPU) for name, array in inputs.items()})
             listed = list(found) if isinstance(found, tuple | list) else [found]
             names = about["outputs"] or [f"output_{index}" for index in range(len(listed))]
             return {name: tensor.cpu().numpy() for name, tensor in zip(names, listed, strict=True)}
@@ -201,8 +204,8 @@ class TorchTensorRt(Target):
         batch = about.get("batch", BATCH)
         program, shapes = exported(module, examples, batch)
         with reported("moving the program to the GPU", str(model)):
-            moved = move_to_device_pass(program, "cuda:0")
-        on_gpu = {name: tensor.to("cuda:0") for name, tensor in examples.items()}
+            moved = move_to_device_pass(program, GPU)
+        on_gpu = {name: tensor.to(GPU) for name, tensor in examples.items()}
         return Ready(moved, on_gpu, shapes, batch, carried)
 
     def _need_quantize_op(self) -> None:
@@ -215,6 +218,9 @@ class TorchTensorRt(Target):
         except ImportError as err:
             problem = f"INT8 needs NVIDIA Model Optimizer, which brings Torch-TensorRT's quantizing operator ({err})"
             raise TargetError(problem, where=self.name, fix=needs_extra("nvidia-modelopt", "torch-tensorrt")) from err
+        # Torch-TensorRT runs the operator on the weights while it looks for constants.
+        with reported("compiling Model Optimizer's kernels", self.name, "install ninja and CUDA's compiler, nvcc"):
+            importlib.import_module("modelopt.torch.quantization.extensions").get_cuda_ext(raise_if_failed=True)
 
 
 @dataclass(frozen=True)
@@ -392,6 +398,8 @@ class _Rewriting:
         while readers:
             read, node = readers.pop()
             operator = _operator(node)
+            if node.target is self.quantize_op and _operator(read) == "aten.cat":
+                return True  # the parts share the scale of the whole
             if operator in _MOVING:
                 readers += [(node, reader) for reader in node.users]
             elif operator in _POOLING or self._is_int8_layer(node) or (operator == "aten.add" and _adds_up(node, read)):

@@ -31,6 +31,7 @@ from mmedge.tensors import Array
 
 PLAN = "engine.plan"
 BATCH = {"min": 1, "opt": 1, "max": 8}
+RTX_OPSET, RTX_VERSION = 26, "1.7.1"  # the highest that its parser took here, and which operators it has
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 _KEPT_WARNINGS = 20
 
@@ -75,8 +76,11 @@ class _Nvidia(Target):
                 fix="\n  ".join(problems[:10]),
             )
         opset = next((each.version for each in graph.opset_import if each.domain in ("", "ai.onnx")), None)
-        about = {"weighted": [label(node) for node, _ in Graph(graph).weighted()], "opset": opset}
-        return {**about, **self._remarks(graph)}
+        return {
+            "weighted": [label(node) for node, _ in Graph(graph).weighted()],
+            "opset": opset,
+            **self._remarks(graph),
+        }
 
     def _remarks(self, graph: Any) -> dict[str, Any]:
         """What the user must know of the graph although it is built."""
@@ -258,6 +262,9 @@ class TensorRtRtx(_Nvidia):
     def _capabilities(self) -> tuple[str, ...]:
         return self.compute_capabilities
 
+    def _ceiling(self) -> tuple[int | None, str | None]:
+        return RTX_OPSET, RTX_VERSION
+
     def _kernels(self, trt: Any, plan: Plan) -> list[Kernel]:
         return read_kernels(text for _, text in plan.messages)
 
@@ -348,6 +355,9 @@ class TensorRt(_Nvidia):
     def check(self) -> dict[str, str]:
         """See ``Target.check``; also that the GPU here is the device's."""
         trt = self._module()
+        if int(str(trt.__version__).partition(".")[0]) < 10:
+            problem = f"TensorRT {trt.__version__} has no strongly typed networks"
+            raise TargetError(problem, fix="use a JetPack with TensorRT 10")
         found = compute_capability()
         if found is None:
             raise TargetError("TensorRT builds on the GPU that the engine is for; none here", fix=self._elsewhere())
@@ -393,6 +403,26 @@ class TensorRt(_Nvidia):
         if self.settings.half_by_flag and any(node.op_type == "QuantizeLinear" for node in graph.graph.node):
             problems.append("the DLA of this TensorRT takes no Q/DQ: quantized stages cannot be built for it")
         return problems
+
+    def scripts(self, model: str, about: Mapping[str, Any]) -> dict[str, str]:
+        """``build.sh`` and ``measure.sh`` with trtexec."""
+        from mmedge.targets.tensorrt.trtexec import build_script, measure_script
+
+        settings, version = self.settings, self.software.tensorrt if self.software else None
+        build = build_script(
+            model,
+            PLAN,
+            about["inputs"],
+            about["batch"],
+            tensorrt=version,
+            workspace_mib=settings.workspace_mib,
+            dla_core=settings.dla_core,
+            timing_cache=str(settings.timing_cache) if settings.timing_cache else None,
+            version_compatible=settings.version_compatible,
+        )
+        opt = about["batch"]["opt"]
+        measure = measure_script(PLAN, about["inputs"], opt, tensorrt=version, dla_core=settings.dla_core)
+        return {"build.sh": build, "measure.sh": measure}
 
     def _remarks(self, graph: Any) -> dict[str, Any]:
         if self.settings.dla_core is None:

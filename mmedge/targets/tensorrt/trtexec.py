@@ -148,7 +148,7 @@ def _major(tensorrt: str | None) -> int | None:
         raise UsageError(f"{tensorrt!r} is not a version of TensorRT", fix="for example 10.3")
     major = int(tensorrt.split(".")[0])
     if major < 10:
-        fix = "use a JetPack with TensorRT 10, or build with trtexec --fp16 by hand"
+        fix = "use a JetPack with TensorRT 10: graphs are exported for its opset"
         raise UsageError(f"TensorRT {tensorrt} builds no strongly typed networks", fix=fix)
     return major
 
