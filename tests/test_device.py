@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from mmedge.artifact import load_artifact
+from mmedge import plugins
+from mmedge.artifact import Store, load_artifact
 from mmedge.errors import TargetError, UsageError
 from mmedge.pipeline.compress import Job, compress
 from mmedge.pipeline.device import build_here, holds
+from mmedge.pipeline.engines import build_engine
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe
 from mmedge.report.html import render
@@ -31,6 +33,16 @@ sys.argv = ["mmedge", *sys.argv[1:]]
 from mmedge.cli.main import main
 main()
 """
+
+
+class Talk(Progress):
+    """Remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
 
 def job(template: Path, folder: Path, *targets: str) -> Job:
@@ -132,9 +144,7 @@ def test_what_a_device_measured_stays_when_the_workstation_goes_on(template: Pat
     pytest.importorskip("tensorrt_rtx")
     measured, _ = build_here(run, RTX, "mmedge build …", Progress())
     report, _ = compress(job(template, run, "onnxruntime", JETSON), Progress())  # its own targets are others by now
-    assert {name: device.cpu for name, device in report.devices.items()} == {
-        RTX: measured.devices[RTX].cpu
-    }
+    assert {name: device.cpu for name, device in report.devices.items()} == {RTX: measured.devices[RTX].cpu}
     assert [result.target for result in report.stages[0].results] == ["onnxruntime", RTX]
     assert {each.target for each in report.deferred} == {JETSON}
 
@@ -164,3 +174,18 @@ def test_a_damaged_graph_is_not_built(run: Path) -> None:
         model.write_bytes(content)
     with pytest.raises(UsageError, match="nothing lowered"):
         build_here(run, RTX, "mmedge build …", Progress())
+
+
+def test_engines_of_another_version_are_built_anew_and_said_to_be(run: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    target = plugins.target(RTX)
+    (lowered,) = (load_artifact(path) for path in run.glob(f"artifacts/baseline-{RTX}-lowered*"))
+    talk = Talk()
+    store = Store(run / "artifacts", "mmedge build …", talk.say)
+    old = build_engine(store, lowered, target, {"tensorrt-rtx": "1.6.0"}, talk)
+    new = build_engine(store, lowered, target, {"tensorrt-rtx": "1.7.1"}, talk)
+    assert old.path != new.path
+    assert any("of tensorrt-rtx 1.6.0, here is tensorrt-rtx 1.7.1: building anew" in line for line in talk.said)
+    talk.said.clear()
+    assert build_engine(store, lowered, target, {"tensorrt-rtx": "1.7.1"}, talk).path == new.path
+    assert talk.said == []

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -12,9 +15,11 @@ from onnx import TensorProto, helper
 from small_onnx import LAYERS, Maker, value
 
 from mmedge.errors import TargetError, UsageError
+from mmedge.progress import Progress
 from mmedge.targets.base import Build
 from mmedge.targets.lowered import write_description
 from mmedge.targets.onnx_graph import Graph, label
+from mmedge.targets.tensorrt.building import Phases
 from mmedge.targets.tensorrt.log import Kernel, conversions, coverage, read_kernels
 from mmedge.targets.tensorrt.plan import EngineManifest
 from mmedge.targets.tensorrt.target import TensorRtRtx
@@ -196,3 +201,53 @@ def test_a_layer_is_int8_only_where_all_of_its_kernels_are() -> None:
     assert coverage([int8, tail], ["fc"]).int8 == ("fc",)
     assert coverage([int8, half, tail], ["fc"]).other == {"fc": "runs as gemm on Half"}
     assert conversions([int8, half, tail]) == {"quantize": 1, "dequantize": 0, "inserted": 0}
+
+
+# --- how far a build is ---
+
+
+def test_progress_never_goes_back_and_counts_phases_within_phases() -> None:
+    phases = Phases()
+    phases.start("build", 4)
+    phases.done["build"] = 1
+    assert phases.fraction == pytest.approx(1 / 4)
+    phases.start("tactics", 10)  # within the second step
+    phases.done["tactics"] = 5
+    assert phases.fraction == pytest.approx(1 / 4 + 5 / 40)
+    phases.finish("tactics")
+    phases.done["build"] = 2
+    assert phases.fraction == pytest.approx(1 / 2)
+
+
+def test_a_build_shows_its_progress(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+
+    class Heard(Progress):
+        def __init__(self) -> None:
+            self.total = self.done = 0
+
+        @contextmanager
+        def bar(self, label: str, total: int) -> Iterator[Any]:
+            self.total = total
+            yield SimpleNamespace(advance=self.advance)
+
+        def advance(self, steps: int = 1) -> None:
+            assert steps > 0
+            self.done += steps
+
+    onnx.save(Maker(quantized=True).model(), tmp_path / "lowered.onnx")
+    target = TensorRtRtx(compute_capabilities=["8.9"])
+    target.progress = heard = Heard()
+    target.build(tmp_path / "lowered.onnx", tmp_path)
+    assert heard.total / 4 < heard.done <= heard.total
+
+
+def test_too_little_memory_is_told_before_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    (tmp_path / "meminfo").write_text("MemTotal: 8000000 kB\nMemAvailable:    102400 kB\n")
+    monkeypatch.setattr("mmedge.targets.tensorrt.building.MEMINFO", tmp_path / "meminfo")
+    onnx.save(Maker(quantized=True).model(), tmp_path / "lowered.onnx")
+    target = TensorRtRtx(compute_capabilities=["8.9"], workspace_mib=200)
+    with pytest.raises(TargetError, match=r"needs about 200 MiB .* 100 MiB are free"):
+        target.build(tmp_path / "lowered.onnx", tmp_path)
+    assert not (tmp_path / "engine.plan").exists()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmedge.artifact import Artifact, Store
+from mmedge.artifact import Artifact, Manifest, Store
 from mmedge.progress import Progress
 from mmedge.targets.base import Coverage, Target
 
@@ -42,7 +42,24 @@ def build_engine(
         about = {key: lowered.about[key] for key in ("target", "inputs", "outputs")}
         return {**about, "facts": dict(build.facts), "coverage": coverage_json(build.coverage)}
 
-    return store.make("engine", lowered.manifest.name.removesuffix("-lowered"), inputs, fill, lowered)
+    name = lowered.manifest.name.removesuffix("-lowered")
+    if store.find("engine", name, inputs) is None and (other := _of_other_versions(store, name, lowered, versions)):
+        here = ", ".join(f"{package} {version}" for package, version in versions.items())
+        progress.say(f"{name}: the engine that is there is of {other}, here is {here}: building anew")
+    return store.make("engine", name, inputs, fill, lowered)
+
+
+def _of_other_versions(store: Store, name: str, lowered: Artifact, versions: Mapping[str, str]) -> str | None:
+    """What built an engine of the same graph that does not fit here."""
+    for path in store.root.glob(f"{name}-*/manifest.json"):
+        try:
+            manifest = Manifest.model_validate_json(path.read_text())
+        except (OSError, ValueError):
+            continue  # damaged: it is no engine
+        theirs = manifest.inputs.get("versions")
+        if manifest.parent == lowered.digest and theirs and theirs != dict(versions):
+            return ", ".join(f"{package} {version}" for package, version in theirs.items())
+    return None
 
 
 def coverage_json(coverage: Coverage | None) -> dict[str, Any] | None:

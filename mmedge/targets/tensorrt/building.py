@@ -18,6 +18,7 @@ from mmedge.errors import TargetError
 from mmedge.progress import Bar, Progress
 
 _DRIVER_NOISE = "CUDA driver version is insufficient"  # said of every error on a machine without a GPU
+_PARTS = 1000  # of the progress bar
 MEMINFO = Path("/proc/meminfo")
 WORKING_MEMORY = 4  # times the weights: TensorRT-RTX 1.7 took 2,116 MiB for an ONNX file of 571 MiB
 
@@ -254,7 +255,7 @@ def _monitored(trt: Any, config: Any, progress: Progress) -> Iterator[None]:
     if not hasattr(trt, "IProgressMonitor"):
         yield
         return
-    with progress.bar("building the engine", 0) as bar:
+    with progress.bar("building the engine", _PARTS) as bar:
         monitor = _monitor(trt, bar)
         config.progress_monitor = monitor
         try:
@@ -263,20 +264,55 @@ def _monitored(trt: Any, config: Any, progress: Progress) -> Iterator[None]:
             config.progress_monitor = None
 
 
+@dataclass
+class Phases:
+    """How far a build is: phases of known numbers of steps, which open others within a step.
+
+    Attributes:
+        steps: of open phases, outermost first.
+        done: steps of each that are complete.
+    """
+
+    steps: dict[str, int] = field(default_factory=dict)
+    done: dict[str, int] = field(default_factory=dict)
+
+    def start(self, name: str, steps: int) -> None:
+        """A phase begins, inside the last one that is open."""
+        self.steps[name], self.done[name] = max(steps, 1), 0
+
+    def finish(self, name: str) -> None:
+        """A phase ends; its parent's step is counted when that says so."""
+        self.steps.pop(name, None)
+
+    @property
+    def fraction(self) -> float:
+        """Of the whole build, in [0, 1)."""
+        share, found = 1.0, 0.0
+        for name, steps in self.steps.items():
+            share /= steps
+            found += share * min(self.done[name], steps - 1)
+        return found
+
+
 def _monitor(trt: Any, bar: Bar) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
+            self.phases, self.shown = Phases(), 0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            pass
+            self.phases.start(phase_name, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            bar.advance()
+            self.phases.done[phase_name] = step + 1
+            now = int(self.phases.fraction * _PARTS)
+            if now > self.shown:
+                bar.advance(now - self.shown)
+                self.shown = now
             return True  # False would end the build
 
         def phase_finish(self, phase_name: str) -> None:
-            pass
+            self.phases.finish(phase_name)
 
     return Monitor()
 

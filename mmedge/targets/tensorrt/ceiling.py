@@ -89,7 +89,7 @@ def _numbers(version: str | None) -> tuple[int, ...] | None:
 def _opset_problems(model: ModelProto, opset: int | None) -> Iterator[str]:
     found = next((each.version for each in model.opset_import if each.domain in _DOMAINS), None)
     if opset is not None and found is not None and found > opset:
-        yield f"the graph is of opset {found}, the device's parser takes up to {opset}; lower with opset {opset}"
+        yield f"the graph is of opset {found}, the device's parser takes up to {opset}; choose a later release of it"
 
 
 def _type_problems(model: ModelProto, version: tuple[int, ...] | None) -> Iterator[str]:

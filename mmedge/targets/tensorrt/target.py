@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -283,7 +284,8 @@ class TensorRt(_Nvidia):
         half: compute in float16 what is not INT8.
         dla_core: build for this DLA core.
         workspace_mib: memory that kernels may use besides weights and activations.
-        timing_cache: a file that makes later builds of the same kernels quick and alike.
+        timing_cache: a file that makes later builds of the same kernels quick and alike; by default one per version and
+            GPU in the user's cache folder.
         version_compatible: see TensorRT's documentation; costs speed.
         hardware_compatible: for all GPUs from Ampere on; costs speed.
         cuda_graph: launch the whole engine as one CUDA graph, where the engine allows it.
@@ -383,7 +385,15 @@ class TensorRt(_Nvidia):
         }
 
     def _options(self, batch: dict[str, int]) -> BuildOptions:
-        return replace(self.settings, batch=batch)
+        return replace(self.settings, batch=batch, timing_cache=self.settings.timing_cache or self._usual_cache())
+
+    def _usual_cache(self) -> Path:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return (
+            Path(base).expanduser()
+            / "mmedge"
+            / f"tensorrt-{self._module().__version__}-sm{compute_capability()}.timing"
+        )
 
     def _capabilities(self) -> tuple[str, ...]:
         if self.device is not None and self.device.sm:
