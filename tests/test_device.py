@@ -127,6 +127,8 @@ def test_on_the_device_engines_are_timed_compared_with_pytorch_and_with_their_tw
     assert quantize.twin.shipped == "int8"
     assert quantize.twin.speedup == pytest.approx(quantize.speedup.vs_baseline)
     assert "stays on the workstation" in quantize.reasons["accuracy"]
+    again, _ = build_here(run, "onnxruntime", "mmedge profile …", Progress(), again=True, profile={"queries": 65})
+    assert again.stages[0].results[-1].latency_ms.queries == 65
 
 
 def test_an_int8_engine_that_is_no_faster_gives_way_to_its_twin(template: Path, tmp_path: Path) -> None:

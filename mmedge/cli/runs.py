@@ -107,12 +107,11 @@ def build(run: Path, target: str, as_json: bool, quiet: bool, verbose: bool) -> 
     On a device, where torch is not installed, the engines are built from the graphs that the
     workstation lowered for it.
     """
-    from importlib.util import find_spec
-
     from mmedge.cli.console import progress_for
-    from mmedge.pipeline.device import build_here, holds
 
-    if find_spec("torch") is None and holds(run, target):
+    if _on_a_device(run, target):
+        from mmedge.pipeline.device import build_here
+
         return _show(*build_here(run, target, command_line(), progress_for(quiet)), as_json)
     require_workstation()
     from mmedge.pipeline.compress import add_target
@@ -157,6 +156,10 @@ def profile(
     from mmedge.pipeline.folder import open_run
 
     open_run(path)  # a wrong path is said to be one, also on a device without torch
+    if target and _on_a_device(path, target):
+        from mmedge.pipeline.device import build_here
+
+        return _show(*build_here(path, target, command_line(), progress_for(quiet), True, changes), as_json)
     require_workstation()
     from mmedge.pipeline.compress import compress as run
     from mmedge.pipeline.compress import job_of
@@ -184,6 +187,15 @@ def report(run: Path, html: Path | None, as_json: bool, quiet: bool, verbose: bo
             print(f"wrote {html}", file=sys.stderr)
     _print_report(found, run, as_json)
     return 0 if found.verdict == "pass" else 3
+
+
+def _on_a_device(run: Path, target: str) -> bool:
+    """Whether to go on from what a workstation lowered: without torch there is no other way."""
+    from importlib.util import find_spec
+
+    from mmedge.pipeline.device import holds
+
+    return find_spec("torch") is None and holds(run, target)
 
 
 def _show(found: Report, folder: RunFolder, as_json: bool) -> int:

@@ -8,7 +8,7 @@ the run, and every report of the run, here or back on the workstation, takes it 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,23 @@ def holds(run: Path, target: str) -> bool:
     )
 
 
-def build_here(run: Path, name: str, command: str, progress: Progress) -> tuple[Report, RunFolder]:
+def build_here(
+    run: Path,
+    name: str,
+    command: str,
+    progress: Progress,
+    again: bool = False,
+    profile: Mapping[str, float] | None = None,
+) -> tuple[Report, RunFolder]:
     """Build and measure, on this machine, the engines of a run for one of its targets.
+
+    Args:
+        run: the run folder.
+        name: the target.
+        command: as the user typed it.
+        progress: for the user.
+        again: time the engines anew even if they were timed; what was measured is kept aside.
+        profile: settings of the recipe's ``profile`` to change.
 
     Raises:
         UsageError: it is no finished run, or holds nothing for this target.
@@ -83,11 +98,12 @@ def build_here(run: Path, name: str, command: str, progress: Progress) -> tuple[
     versions = target.check()
     if why := target.cannot_run():
         progress.say(f"engines are built and not run: {why}")
-    recipe = load_recipe(folder.recipe)
+    changes = [f"profile.{key}={value}" for key, value in (profile or {}).items()]
+    recipe = load_recipe(folder.recipe, changes=changes)
     with folder.locked():
         folder.log("build", command=command, target=name)
         store = Store(folder.artifacts, command, progress.say)
-        device = _Device(folder, report, recipe, target, versions, store, progress)
+        device = _Device(folder, report, recipe, target, versions, store, progress, again)
         rows = device.rows()
         here = environment().model_dump()
         found = {"target": name, "environment": here, "rows": rows}
@@ -121,6 +137,7 @@ class _Device:
     versions: dict[str, str]
     store: Store
     progress: Progress
+    again: bool
     known: dict[str, list[Artifact]] = field(default_factory=dict)  # by the digest of what they were made from
 
     def __post_init__(self) -> None:
@@ -217,8 +234,11 @@ class _Device:
             "machine": [cpu_name(), self.versions],
         }
         samples = self._samples()[0]
+        name = place_name(f"timing-{self.target.name}")
+        if self.again:
+            self.store.set_aside("measurement", name, inputs)
         return self.store.values(
-            place_name(f"timing-{self.target.name}"),
+            name,
             inputs,
             lambda: timings(self.target.name, engines, samples, self.recipe.profile, self.progress),
         )
