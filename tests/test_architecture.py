@@ -146,7 +146,7 @@ DEVICE_SIDE = (
     *("errors", "tensors", "artifact", "progress", "plugins", "targets.base", "targets.checked"),
     *("profile.worker", "profile.latency", "profile.statistics", "profile.single", "report.model", "cli.main"),
     *("task", "recipe", "report.gates", "report.terminal"),
-    *(f"targets.{name}" for name in ("onnxruntime", "openvino", "tensorrt.target", "torch")),
+    *(f"targets.{name}" for name in ("onnxruntime", "openvino", "tensorrt.target", "torch", "torch_tensorrt")),
 )
 COMMANDS = (
     *(["--help"], ["--version"], ["compress", "--help"], ["profile", "--help"], ["recipe", "list"]),

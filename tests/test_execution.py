@@ -1,42 +1,27 @@
 """Running TensorRT engines: buffers, order of CUDA calls, errors.
 
-There is no GPU here. What needs one is tested against ``Device``, a stand-in of the CUDA runtime that is made of host
-memory: it really allocates, copies and counts, does nothing before it is synchronized, and refuses addresses outside of
-what was allocated. ``Engine`` is a toy that computes on that memory. They check our calls, not CUDA or TensorRT.
+There is no GPU here. What needs one is tested against a stand-in made of host memory (``cuda_standin``), which checks
+our calls, not CUDA or TensorRT.
 """
 
 from __future__ import annotations
 
-import ctypes
-import enum
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+from cuda_standin import DESCRIPTION, Cache, Device, Engine, Status, tensorrt
 
 from mmedge.errors import TargetError
 from mmedge.targets.checked import checked
 from mmedge.targets.tensorrt import execution as module
 from mmedge.targets.tensorrt.execution import Execution, execution, plan_buffers, shape_at
-
-DESCRIPTION: dict[str, Any] = {
-    "inputs": [
-        {"name": "image", "dtype": "float32", "shape": ["batch", 3, 2]},
-        {"name": "tokens", "dtype": "int64", "shape": ["batch", 5]},
-    ],
-    "outputs": [
-        {"name": "double", "dtype": "float32", "shape": ["batch", 3, 2]},
-        {"name": "total", "dtype": "float16", "shape": ["batch"]},
-    ],
-    "batch": {"min": 1, "opt": 2, "max": 4},
-}
 
 
 def sample(batch: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -47,248 +32,6 @@ def sample(batch: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 def expected(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"double": inputs["image"] * 2, "total": inputs["tokens"].sum(axis=1).astype(np.float16)}
-
-
-class Status(enum.IntEnum):
-    cudaSuccess = 0
-    cudaErrorMemoryAllocation = 2
-    cudaErrorInsufficientDriver = 35
-    cudaErrorNoDevice = 100
-    cudaErrorIllegalAddress = 700
-    cudaErrorStreamCaptureInvalidated = 901
-
-
-class Device:
-    """The CUDA runtime API on host memory. Work waits on its stream until that is synchronized."""
-
-    cudaError_t = Status
-    cudaStreamNonBlocking = 1
-    cudaHostAllocDefault = 0
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="host device", cudaMemcpyDeviceToHost="device host")
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread local")
-    cudaDeviceAttr = SimpleNamespace(cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76)
-    gives_back: ClassVar[dict[str, str]] = {
-        "cudaFree": "device", "cudaFreeHost": "host", "cudaEventDestroy": "event", "cudaStreamDestroy": "stream",
-        "cudaGraphDestroy": "graph", "cudaGraphExecDestroy": "executable",
-    }  # fmt: skip
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        places = ("device", "host", "event", "stream", "graph", "executable")
-        self.kept: dict[str, dict[int, Any]] = {place: {} for place in places}
-        self.capturing: dict[int, list[Callable[[], Any]]] = {}
-        self.calls: list[str] = []
-        self.failing: dict[str, tuple[int, Status]] = {}  # name of a call: how often it works first, and then what
-        self.clock = 0.0
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        """``cudaMalloc`` is ``Malloc`` with a status before its result, and so on."""
-        if not name.startswith("cuda"):
-            raise AttributeError(name)
-
-        def call(*arguments: Any) -> Any:
-            with self.lock:
-                self.calls.append(name)
-                left, status = self.failing.get(name, (1, Status.cudaSuccess))
-                if name in self.failing:
-                    self.failing[name] = max(0, left - 1), status
-                if not left:
-                    self.capturing.clear()
-                    return status, None
-                if name in self.gives_back:
-                    return Status.cudaSuccess, self.give_back(self.gives_back[name], *arguments)
-                return Status.cudaSuccess, getattr(self, name.removeprefix("cuda"))(*arguments)
-
-        return call
-
-    def keep(self, place: str, what: Any) -> int:
-        handle = ctypes.addressof(what) if place in ("device", "host") else 1000 + len(self.calls)
-        self.kept[place][handle] = what
-        return handle
-
-    def give_back(self, place: str, handle: int) -> None:
-        assert not (self.kept[place].pop(handle) and place == "stream"), "a stream with work on it was destroyed"
-
-    def submit(self, stream: int, work: Callable[[], Any]) -> None:
-        (self.capturing if stream in self.capturing else self.kept["stream"])[stream].append(work)
-
-    def view(self, address: int, size: int, place: str) -> Any:
-        for start, buffer in self.kept[place].items():
-            if start <= address and address + size <= start + len(buffer):
-                return (ctypes.c_char * size).from_address(address)
-        raise AssertionError(f"{size} bytes at {address} were never allocated on the {place}")
-
-    def Malloc(self, size: int, place: str = "device") -> int:
-        return self.keep(place, ctypes.create_string_buffer(b"\xff" * size, size))  # what is not written reads as NaN
-
-    def HostAlloc(self, size: int, flags: int) -> int:
-        return self.Malloc(size, "host")
-
-    def StreamCreateWithFlags(self, flags: int) -> int:
-        return self.keep("stream", [])
-
-    def EventCreate(self) -> int:
-        return self.keep("event", 0.0)
-
-    def StreamSynchronize(self, stream: int) -> None:
-        work, self.kept["stream"][stream] = self.kept["stream"][stream], []
-        for each in work:
-            each()
-
-    def MemsetAsync(self, address: int, value: int, size: int, stream: int) -> None:
-        memory = self.view(address, size, "device")
-        self.submit(stream, lambda: ctypes.memset(memory, value, size))
-
-    def MemcpyAsync(self, target: int, source: int, size: int, kind: str, stream: int) -> None:
-        of, to = (self.view(at, size, place) for at, place in zip((source, target), kind.split(), strict=True))
-        self.submit(stream, lambda: ctypes.memmove(to, of, size))
-
-    def EventRecord(self, event: int, stream: int) -> None:
-        def record() -> None:
-            self.clock += 1.0
-            self.kept["event"][event] = self.clock
-
-        self.submit(stream, record)
-
-    def EventElapsedTime(self, first: int, last: int) -> float:
-        return self.kept["event"][last] - self.kept["event"][first]
-
-    def StreamBeginCapture(self, stream: int, mode: str) -> None:
-        assert mode == "thread local"
-        self.capturing[stream] = []
-
-    def StreamEndCapture(self, stream: int) -> int:
-        return self.keep("graph", self.capturing.pop(stream))
-
-    def GraphInstantiate(self, graph: int, flags: int) -> int:
-        return self.keep("executable", list(self.kept["graph"][graph]))
-
-    def GraphLaunch(self, executable: int, stream: int) -> None:
-        for work in self.kept["executable"][executable]:
-            self.submit(stream, work)
-
-    def GetLastError(self) -> None:
-        return None
-
-    def DeviceGetAttribute(self, attribute: int, device: int) -> int:
-        return {75: 8, 76: 7}[attribute]
-
-    def GetErrorString(self, status: Status) -> bytes:
-        return status.name.encode()
-
-
-class Context:
-    """Doubles ``image`` and adds up ``tokens``, in device memory."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.shapes, self.addresses = engine, {}, {}
-        engine.contexts += 1
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        assert isinstance(shape, tuple)
-        self.shapes[name] = shape
-        return 1 <= shape[0] <= 4
-
-    def get_tensor_shape(self, name: str) -> list[int]:
-        (batch,) = {shape[0] for shape in self.shapes.values()}
-        return {"double": [batch, 3, 2], "total": [-1 if self.engine.data_dependent else batch]}[name]
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        assert address % 16 == 0
-        self.addresses[name] = address
-        return True
-
-    def tensor(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        memory = self.engine.device.view(self.addresses[name], size, "device")
-        return np.frombuffer(memory, dtype).reshape(shape)
-
-    def execute_async_v3(self, stream: int) -> bool:
-        if stream in self.engine.device.capturing and self.engine.uncapturable:
-            self.engine.log.log(1, "a loop cannot be captured")
-            return False
-        (batch,) = {shape[0] for shape in self.shapes.values()}  # taken now, as a launch takes its arguments
-
-        def compute() -> None:
-            self.engine.runs += 1
-            tokens = self.tensor("tokens", np.int64, (batch, 5))
-            assert (tokens >= 0).all(), "ran on memory that nothing was written to"
-            self.tensor("double", np.float32, (batch, 3, 2))[:] = self.tensor("image", np.float32, (batch, 3, 2)) * 2
-            self.tensor("total", np.float16, (batch,))[:] = tokens.sum(axis=1)
-
-        with self.engine.device.lock:
-            self.engine.device.submit(stream, compute)
-        return True
-
-
-class Engine:
-    """What a plan file becomes, and the objects of TensorRT for RTX that hang on it."""
-
-    num_io_tensors = 4
-    data_dependent = uncapturable = False
-
-    def __init__(self, device: Device) -> None:
-        self.device, self.contexts, self.runs, self.config, self.log = device, 0, 0, None, None
-
-    def get_tensor_name(self, index: int) -> str:
-        return ("image", "tokens", "double", "total")[index]
-
-    def get_tensor_dtype(self, name: str) -> type:
-        return {"image": np.float32, "tokens": np.int64, "double": np.float32, "total": np.float16}[name]
-
-    def get_tensor_location(self, name: str) -> str:
-        return "device"
-
-    def create_execution_context(self, config: Any = None) -> Context:
-        assert config is self.config
-        return Context(self)
-
-    def create_runtime_config(self) -> Any:
-        self.config = SimpleNamespace(create_runtime_cache=Cache, set_runtime_cache=lambda cache: True)
-        return self.config
-
-
-class Cache:
-    known: ClassVar[list[bytes]] = []
-
-    def deserialize(self, content: bytes) -> bool:
-        self.known.append(content)
-        return content != b"of another GPU"
-
-    def reset(self) -> bool:
-        self.known.append(b"reset")
-        return True
-
-    def serialize(self) -> bytes:
-        return b"compiled kernels"
-
-
-def tensorrt(engine: Engine | None, rtx: bool = False) -> Any:
-    """A module like ``tensorrt``, or like ``tensorrt_rtx``, whose plans all become ``engine``."""
-
-    class ILogger:
-        pass
-
-    class Runtime:
-        def __init__(self, log: Any) -> None:
-            self.log = log
-
-        def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
-            if engine is None:
-                self.log.log(1, "expecting compute 8.9 got compute 8.7")
-            else:
-                engine.log = self.log
-            return engine
-
-    found = SimpleNamespace(
-        __name__="tensorrt_rtx" if rtx else "tensorrt", __version__="10.3.0", ILogger=ILogger, Runtime=Runtime,
-        Logger=SimpleNamespace(ERROR=1), TensorLocation=SimpleNamespace(DEVICE="device"), nptype=lambda dtype: dtype,
-    )  # fmt: skip
-    if rtx:
-        found.IRuntimeCache = Cache
-        found.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
-        found.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
-    return found
 
 
 @pytest.fixture
@@ -306,9 +49,8 @@ def engine(device: Device) -> Engine:
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Path:
-    (tmp_path / "engine.plan").write_bytes(b"plan")
-    return tmp_path / "engine.plan"
+def plan() -> bytes:
+    return b"plan"
 
 
 def same(outputs: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]) -> None:
@@ -332,7 +74,8 @@ def test_buffers_hold_the_largest_batch_and_do_not_overlap() -> None:
 
 
 def test_missing_cuda_python_says_which_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda", None)
+    for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(TargetError, match=r'needs CUDA Python.*\n.*"cuda-bindings>=12.8,<13" for CUDA 12') as caught:
         module.cuda_runtime()
     assert caught.value.exit_status == 4
@@ -379,7 +122,7 @@ def test_what_is_missing_is_named(
 # --- against the stand-in
 
 
-def test_any_batch_by_name(device: Device, engine: Engine, plan: Path) -> None:
+def test_any_batch_by_name(device: Device, engine: Engine, plan: bytes) -> None:
     with execution(tensorrt(engine), plan, DESCRIPTION) as run:
         kept = []
         for batch in (1, 4, 2, 1, 3, 4):
@@ -393,7 +136,7 @@ def test_any_batch_by_name(device: Device, engine: Engine, plan: Path) -> None:
         assert engine.contexts == 1
 
 
-def test_an_engine_of_one_batch_size(device: Device, engine: Engine, plan: Path) -> None:
+def test_an_engine_of_one_batch_size(device: Device, engine: Engine, plan: bytes) -> None:
     fixed = {
         key: [{**each, "shape": [2, *each["shape"][1:]]} for each in DESCRIPTION[key]] for key in ("inputs", "outputs")
     }
@@ -416,7 +159,7 @@ BAD: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_wrong_inputs_are_refused_and_do_no_harm(device: Device, engine: Engine, plan: Path, case: str) -> None:
+def test_wrong_inputs_are_refused_and_do_no_harm(device: Device, engine: Engine, plan: bytes, case: str) -> None:
     spoil, message = BAD[case]
     with execution(tensorrt(engine), plan, DESCRIPTION) as run:
         same(run(sample(3)), sample(3))
@@ -425,12 +168,12 @@ def test_wrong_inputs_are_refused_and_do_no_harm(device: Device, engine: Engine,
         same(run(sample(3)), sample(3))
 
 
-def test_it_is_a_runner(device: Device, engine: Engine, plan: Path) -> None:
+def test_it_is_a_runner(device: Device, engine: Engine, plan: bytes) -> None:
     with execution(tensorrt(engine), plan, DESCRIPTION) as run:
         same(checked(run, {"image": "float32", "tokens": "int64"}, "tensorrt")(sample(2)), sample(2))
 
 
-def test_times_apart(device: Device, engine: Engine, plan: Path) -> None:
+def test_times_apart(device: Device, engine: Engine, plan: bytes) -> None:
     """The stand-in's clock ticks once per event: each part takes one tick, by events in the right places."""
     with execution(tensorrt(engine), plan, DESCRIPTION) as run:
         runs = engine.runs
@@ -448,7 +191,7 @@ def test_times_apart(device: Device, engine: Engine, plan: Path) -> None:
         assert record not in device.calls
 
 
-def test_graphs_are_captured_once_per_batch_and_replayed(device: Device, engine: Engine, plan: Path) -> None:
+def test_graphs_are_captured_once_per_batch_and_replayed(device: Device, engine: Engine, plan: bytes) -> None:
     with execution(tensorrt(engine), plan, DESCRIPTION, graphs=True) as run:
         for seed, batch in enumerate((2, 3, 2, 3, 3)):
             same(run(sample(batch, seed)), sample(batch, seed))
@@ -460,7 +203,7 @@ def test_graphs_are_captured_once_per_batch_and_replayed(device: Device, engine:
 
 
 @pytest.mark.parametrize("call", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", None])
-def test_without_a_graph_it_runs_and_says_why(device: Device, engine: Engine, plan: Path, call: str | None) -> None:
+def test_without_a_graph_it_runs_and_says_why(device: Device, engine: Engine, plan: bytes, call: str | None) -> None:
     if call is None:
         engine.uncapturable = True
     else:
@@ -476,7 +219,7 @@ def test_without_a_graph_it_runs_and_says_why(device: Device, engine: Engine, pl
         assert device.calls.count("cudaStreamBeginCapture") == (1 if call is None else 2)
 
 
-def test_several_contexts_serve_threads(device: Device, engine: Engine, plan: Path) -> None:
+def test_several_contexts_serve_threads(device: Device, engine: Engine, plan: bytes) -> None:
     with execution(tensorrt(engine), plan, DESCRIPTION, contexts=3) as run, ThreadPoolExecutor(8) as threads:
         inputs = [sample(1 + seed % 4, seed) for seed in range(60)]
         for outputs, given in zip(threads.map(run, inputs), inputs, strict=True):
@@ -484,7 +227,7 @@ def test_several_contexts_serve_threads(device: Device, engine: Engine, plan: Pa
         assert engine.contexts == len(device.kept["stream"]) == len(device.kept["device"]) == 3
 
 
-def test_closed_is_closed(device: Device, engine: Engine, plan: Path) -> None:
+def test_closed_is_closed(device: Device, engine: Engine, plan: bytes) -> None:
     with execution(tensorrt(engine), plan, DESCRIPTION) as run:
         assert isinstance(run, Execution)
     for _ in range(2):
@@ -498,7 +241,7 @@ def test_closed_is_closed(device: Device, engine: Engine, plan: Path) -> None:
     ["cudaStreamCreateWithFlags", "cudaEventCreate", "cudaMalloc", "cudaHostAlloc", "cudaMemsetAsync"],
 )
 def test_what_was_taken_is_given_back_when_opening_fails(
-    device: Device, engine: Engine, plan: Path, call: str, contexts: int
+    device: Device, engine: Engine, plan: bytes, call: str, contexts: int
 ) -> None:
     device.failing[call] = contexts - 1, Status.cudaErrorMemoryAllocation  # ``device`` looks whether anything is left
     opening = execution(tensorrt(engine), plan, DESCRIPTION, contexts=contexts)
@@ -507,7 +250,9 @@ def test_what_was_taken_is_given_back_when_opening_fails(
 
 
 @pytest.mark.parametrize("call", ["cudaMemcpyAsync", "cudaStreamSynchronize"])
-def test_what_was_taken_is_given_back_when_a_query_fails(device: Device, engine: Engine, plan: Path, call: str) -> None:
+def test_what_was_taken_is_given_back_when_a_query_fails(
+    device: Device, engine: Engine, plan: bytes, call: str
+) -> None:
     with execution(tensorrt(engine), plan, DESCRIPTION, graphs=True) as run:
         run(sample(2))
         device.failing[call] = 0, Status.cudaErrorIllegalAddress
@@ -517,7 +262,7 @@ def test_what_was_taken_is_given_back_when_a_query_fails(device: Device, engine:
 
 
 def test_a_batch_size_that_could_not_be_made_ready_leaves_the_others_right(
-    device: Device, engine: Engine, plan: Path
+    device: Device, engine: Engine, plan: bytes
 ) -> None:
     with execution(tensorrt(engine), plan, DESCRIPTION) as run:
         same(run(sample(2)), sample(2))
@@ -529,19 +274,22 @@ def test_a_batch_size_that_could_not_be_made_ready_leaves_the_others_right(
             same(run(sample(batch, seed=5)), sample(batch, seed=5))
 
 
-def test_an_error_of_the_caller_passes_and_leaves_nothing(device: Device, engine: Engine, plan: Path) -> None:
-    with pytest.raises(ZeroDivisionError), execution(tensorrt(engine, rtx=True), plan, DESCRIPTION) as run:
+def test_an_error_of_the_caller_passes_and_leaves_nothing(
+    device: Device, engine: Engine, plan: bytes, tmp_path: Path
+) -> None:
+    cache, trt = tmp_path / "runtime.cache", tensorrt(engine, rtx=True)
+    with pytest.raises(ZeroDivisionError), execution(trt, plan, DESCRIPTION, runtime_cache=cache) as run:
         run({**sample(1), "image": 1 // 0})
-    assert not plan.with_name("runtime.cache").exists()
+    assert not cache.exists()
 
 
-def test_a_shape_that_depends_on_data_is_refused(device: Device, engine: Engine, plan: Path) -> None:
+def test_a_shape_that_depends_on_data_is_refused(device: Device, engine: Engine, plan: bytes) -> None:
     engine.data_dependent = True
     with pytest.raises(TargetError, match="output 'total' depends on the data"):
         execution(tensorrt(engine), plan, DESCRIPTION).__enter__()
 
 
-def test_an_engine_of_another_gpu_is_named(device: Device, plan: Path) -> None:
+def test_an_engine_of_another_gpu_is_named(device: Device, plan: bytes) -> None:
     message = "tensorrt 10.3.0 on a GPU of SM 8.7: expecting compute 8.9 got compute 8.7"
     with pytest.raises(TargetError, match=re.escape(message)) as caught:
         execution(tensorrt(None), plan, DESCRIPTION).__enter__()
@@ -549,7 +297,7 @@ def test_an_engine_of_another_gpu_is_named(device: Device, plan: Path) -> None:
     assert "mmedge build RUN" in str(caught.value)
 
 
-def test_a_description_of_another_engine_is_refused(device: Device, engine: Engine, plan: Path) -> None:
+def test_a_description_of_another_engine_is_refused(device: Device, engine: Engine, plan: bytes) -> None:
     other = {**DESCRIPTION, "outputs": DESCRIPTION["outputs"][:1]}
     with pytest.raises(TargetError, match="described are"), execution(tensorrt(engine), plan, other):
         pass
@@ -558,34 +306,36 @@ def test_a_description_of_another_engine_is_refused(device: Device, engine: Engi
         pass
 
 
-def test_rtx_keeps_what_it_compiled_and_captures_by_itself(device: Device, engine: Engine, plan: Path) -> None:
-    cache = plan.with_name("runtime.cache")
+def test_rtx_keeps_what_it_compiled_and_captures_by_itself(
+    device: Device, engine: Engine, plan: bytes, tmp_path: Path
+) -> None:
+    cache = tmp_path / "runtime.cache"
     Cache.known.clear()
     trt = tensorrt(engine, rtx=True)
-    with execution(trt, plan, DESCRIPTION, graphs=True) as run:
+    with execution(trt, plan, DESCRIPTION, runtime_cache=cache, graphs=True) as run:
         same(run(sample(2)), sample(2))
         assert engine.config.cuda_graph_strategy == "whole graph"
         assert engine.config.dynamic_shapes_kernel_specialization_strategy == "eager"
         assert "cudaStreamBeginCapture" not in device.calls
     assert cache.read_bytes() == b"compiled kernels"
     written = cache.stat().st_ino
-    with execution(trt, plan, DESCRIPTION):
+    with execution(trt, plan, DESCRIPTION, runtime_cache=cache):
         pass
     assert cache.stat().st_ino == written  # nothing new, nothing to write
     cache.write_bytes(b"of another GPU")
-    with execution(trt, plan, DESCRIPTION):
+    with execution(trt, plan, DESCRIPTION, runtime_cache=cache):
         pass
     assert Cache.known == [b"compiled kernels", b"of another GPU", b"reset"]
     assert cache.read_bytes() == b"compiled kernels"
-    assert sorted(file.name for file in plan.parent.iterdir()) == ["engine.plan", "runtime.cache"]
+    assert [file.name for file in tmp_path.iterdir()] == ["runtime.cache"]
 
 
 # --- the real TensorRT for RTX, as far as it goes without a GPU
 
 
-def test_real_tensorrt_says_why_it_loads_nothing(device: Device, plan: Path) -> None:
+def test_real_tensorrt_says_why_it_loads_nothing(device: Device) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    plan.write_bytes(b"no plan" * 100)
+    plan = b"no plan" * 100
     with pytest.raises(TargetError, match=r"tensorrt_rtx \d.* on a GPU of SM 8.7: .*magicTag"):
         execution(trt, plan, DESCRIPTION).__enter__()
 

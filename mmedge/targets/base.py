@@ -82,7 +82,7 @@ class Target(ABC):
     name: str  # as the user named it, options included
     lowering: Lowering = Lowering()
     version: ClassVar[int] = 1  # raise it when builds change: cached engines expire
-    built_on_device: ClassVar[bool] = False  # where engines cannot be built here, the run goes on and waits for that
+    built_on_device: bool = False  # where engines cannot be built here, the run goes on and waits for that
     progress: Progress = Progress()  # told of long builds
 
     @abstractmethod

@@ -108,6 +108,7 @@ class OnnxRuntime(Target):
 
     def __init__(self, provider: Provider = "cpu", half: bool = False) -> None:
         self.provider, self.half = provider, half
+        self.built_on_device = provider != "cpu"
         if provider != "cpu":
             self.lowering = Lowering(float_type="float16" if half else "float32")
         elif half:

@@ -25,7 +25,6 @@ import numpy as np
 from mmedge.errors import TargetError, unknown
 from mmedge.tensors import Array
 
-RUNTIME_CACHE = "runtime.cache"
 ALIGNMENT = 256  # bytes: what TensorRT asks of the addresses of tensors
 _BINDINGS = 'pip install "cuda-bindings>=12.8,<13" for CUDA 12 (JetPack 6), "cuda-bindings>=13" for CUDA 13'
 
@@ -75,9 +74,11 @@ def plan_buffers(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[di
 @contextmanager
 def execution(
     trt: Any,
-    engine_file: Path,
+    plan: bytes,
     description: Mapping[str, Any],
     *,
+    where: str = "engine",
+    runtime_cache: Path | None = None,
     contexts: int = 1,
     graphs: bool = False,
     dla_core: int | None = None,
@@ -87,9 +88,11 @@ def execution(
 
     Args:
         trt: the ``tensorrt_rtx`` or ``tensorrt`` module.
-        engine_file: the serialized engine. For RTX, ``runtime.cache`` beside it keeps what was compiled here.
+        plan: the serialized engine, checked: see ``mmedge.targets.tensorrt.plan``.
         description: ``inputs`` and ``outputs`` (name, numpy dtype, shape, in which a name stands for the batch) and
             ``batch`` (``min``, ``opt``, ``max``).
+        where: what to call the engine in errors.
+        runtime_cache: a file that keeps what RTX compiles for the GPU here, so that it does so once.
         contexts: how many queries may be on the device at once, from as many threads; each has memory of its own.
         graphs: launch the whole engine as one CUDA graph, where the engine allows it. With TensorRT every batch size
             that is used gets an execution context of its own, and with it memory for activations.
@@ -101,10 +104,10 @@ def execution(
     """
     cuda = cuda_runtime()
     log = _log(trt)
-    engine = _load(trt, engine_file, log, cuda, dla_core, host_code)
-    _compare(trt, engine, description, str(engine_file))
+    engine = _load(trt, plan, where, log, cuda, dla_core, host_code)
+    _compare(trt, engine, description, where)
     with ExitStack() as stack:
-        maker = stack.enter_context(_context_maker(trt, engine, engine_file.with_name(RUNTIME_CACHE), graphs, log))
+        maker = stack.enter_context(_context_maker(trt, engine, runtime_cache, graphs, log))
         capture = graphs and not hasattr(trt, "CudaGraphStrategy")  # RTX captures by itself
         lanes = [_Lane(cuda, stack, maker, description, capture, log) for _ in range(contexts)]
         running = Execution(lanes)
@@ -381,17 +384,17 @@ class _Lane:
 # ------------------------------------------------------------------ TensorRT
 
 
-def _load(trt: Any, file: Path, log: Any, cuda: Any, dla_core: int | None, host_code: bool) -> Any:
+def _load(trt: Any, plan: bytes, where: str, log: Any, cuda: Any, dla_core: int | None, host_code: bool) -> Any:
     runtime = trt.Runtime(log)
     if dla_core is not None:
         runtime.DLA_core = dla_core
     if host_code:
         runtime.engine_host_code_allowed = True
-    engine = runtime.deserialize_cuda_engine(file.read_bytes())
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise TargetError(
             f"the engine cannot be loaded by {trt.__name__} {trt.__version__} on {_gpu(cuda)}: {log.words()}",
-            where=str(file),
+            where=where,
             fix="engines fit one version and one kind of GPU: build it again here (mmedge build RUN --target NAME)",
         )
     return engine
@@ -415,7 +418,9 @@ def _compare(trt: Any, engine: Any, description: Mapping[str, Any], where: str) 
 
 
 @contextmanager
-def _context_maker(trt: Any, engine: Any, cache_file: Path, graphs: bool, log: Any) -> Iterator[Callable[[], Any]]:
+def _context_maker(
+    trt: Any, engine: Any, cache_file: Path | None, graphs: bool, log: Any
+) -> Iterator[Callable[[], Any]]:
     """How execution contexts of an engine are made. RTX compiles kernels here; they are kept in ``cache_file``."""
     config = cache = None
     known = b""
@@ -427,7 +432,7 @@ def _context_maker(trt: Any, engine: Any, cache_file: Path, graphs: bool, log: A
         if graphs:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         cache = config.create_runtime_cache()
-        known = cache_file.read_bytes() if cache_file.exists() else b""
+        known = cache_file.read_bytes() if cache_file is not None and cache_file.exists() else b""
         if known and not cache.deserialize(known):  # of another GPU or version
             cache.reset()
         config.set_runtime_cache(cache)
@@ -440,7 +445,7 @@ def _context_maker(trt: Any, engine: Any, cache_file: Path, graphs: bool, log: A
         return context
 
     yield make
-    if cache is not None:
+    if cache is not None and cache_file is not None:
         _keep(bytes(cache.serialize()), known, cache_file)
 
 

@@ -27,7 +27,7 @@ from mmedge.targets.tensorrt.gpu import compute_capability
 from mmedge.targets.tensorrt.jetpack import jetpack_release
 from mmedge.targets.tensorrt.layers import fusion, read_layers
 from mmedge.targets.tensorrt.log import Kernel, read_kernels
-from mmedge.targets.tensorrt.plan import EngineManifest, Here, Trust, admit, seal, write_manifest
+from mmedge.targets.tensorrt.plan import EngineManifest, Here, Trust, read_admitted, seal, write_manifest
 from mmedge.tensors import Array
 
 PLAN = "engine.plan"
@@ -170,12 +170,14 @@ class _Nvidia(Target):
 
         trt = self._module()
         here = Here(self.runtime, str(trt.__version__), compute_capability() or "", jetpack_release())
-        manifest = admit(folder, here, self.trust)
+        manifest, plan = read_admitted(folder, here, self.trust)
         description = {"inputs": manifest.inputs, "outputs": manifest.outputs, "batch": manifest.batch}
         with execution(
             trt,
-            folder / PLAN,
+            plan,
             description,
+            where=str(folder / PLAN),
+            runtime_cache=user_cache() / f"{manifest.plan_sha256[:32]}-sm{here.sm}.rtx",
             graphs=self.cuda_graph,
             dla_core=manifest.dla_core,
             host_code=bool(manifest.flags.get("version_compatible")),
@@ -388,12 +390,7 @@ class TensorRt(_Nvidia):
         return replace(self.settings, batch=batch, timing_cache=self.settings.timing_cache or self._usual_cache())
 
     def _usual_cache(self) -> Path:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return (
-            Path(base).expanduser()
-            / "mmedge"
-            / f"tensorrt-{self._module().__version__}-sm{compute_capability()}.timing"
-        )
+        return user_cache() / f"tensorrt-{self._module().__version__}-sm{compute_capability()}.timing"
 
     def _capabilities(self) -> tuple[str, ...]:
         if self.device is not None and self.device.sm:
@@ -459,6 +456,11 @@ class TensorRt(_Nvidia):
             "on a Jetson it comes with JetPack: sudo apt-get install nvidia-jetpack, and make the environment with "
             '--system-site-packages; elsewhere: pip install "mmedge[tensorrt]"'
         )
+
+
+def user_cache() -> Path:
+    """The folder for what may be lost: measured and compiled kernels."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmedge"
 
 
 def file_digest_of(content: bytes) -> str:
