@@ -70,14 +70,31 @@ def target(spec: str) -> Target:
         raise UsageError(problem, fix=f"{fix}; mmedge target list tells more")
     options = _options(spec, text)
     if name in names("target"):
-        maker = load("target", name)
+        maker, fixed = load("target", name), {}
     else:
         device = find_device(name)
-        maker = load("target", device.backend)
-        options["device"] = device
-    found: Target = maker(**_fitting(maker, options, spec))
+        maker, fixed = load("target", device.backend), {"device": device}
+        if "device" not in inspect.signature(maker).parameters:
+            problem = f"{name} is in the table for forecasts; engines for it are those of {device.backend}"
+            raise UsageError(problem, fix=f"name the backend: --target {device.backend}")
+    found: Target = maker(**_fitting(maker, options, spec), **fixed)
     found.name = spec
     return found
+
+
+def target_options(name: str) -> dict[str, Any]:
+    """The options that a target takes, with their defaults.
+
+    Args:
+        name: a backend or a device.
+
+    Raises:
+        UsageError: see ``load``.
+    """
+    from mmedge.targets.devices import find_device
+
+    maker = load("target", name if name in names("target") else find_device(name).backend)
+    return {key: each.default for key, each in inspect.signature(maker).parameters.items() if key != "device"}
 
 
 def _options(spec: str, text: str) -> dict[str, Any]:
@@ -92,19 +109,18 @@ def _options(spec: str, text: str) -> dict[str, Any]:
 
 def _fitting(maker: type[Target], options: Mapping[str, Any], spec: str) -> dict[str, Any]:
     """``options`` as the constructor declares them."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     hints = get_type_hints(maker.__init__)
-    known = [name for name in inspect.signature(maker).parameters if name in hints]
+    known = [name for name in inspect.signature(maker).parameters if name in hints and name != "device"]
+    numbers_as_text = ConfigDict(coerce_numbers_to_str=True)  # jetpack=6.2
     found: dict[str, Any] = {}
     for name, value in options.items():
         if name not in known:
-            if name == "device":
-                raise UsageError(f"target {maker.name!r} is for no device of the table", where=spec)
-            problem, fix = unknown("option", name, [each for each in known if each != "device"])
+            problem, fix = unknown("option", name, known)
             raise UsageError(problem, where=f"target {spec!r}", fix=fix)
         try:
-            found[name] = TypeAdapter(hints[name]).validate_python(value)
+            found[name] = TypeAdapter(hints[name], config=numbers_as_text).validate_python(value)
         except ValidationError as err:
             problem = f"option {name} does not take {value!r}: {err.errors(include_url=False)[0]['msg']}"
             fix = "mmedge target show NAME lists the options"

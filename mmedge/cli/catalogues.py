@@ -162,15 +162,19 @@ def target_show(name: str, as_json: bool, quiet: bool, verbose: bool) -> None:
         problem, fix = unknown("target", name, (*backends, *table))
         raise UsageError(problem, fix=fix)
     if name not in backends:
-        print_device(table[name], as_json)
+        print_device(table[name], plugins.target_options(name), as_json)
         return
     facts = _target_facts(name)
     if facts["problem"] and not as_json:
         raise TargetError(facts["problem"], where=name, fix=facts["fix"])
-    text = "\n".join(f"{key}: {value}" for key, value in facts.items() if value)
+    text = "\n".join(f"{key}: {_words(value)}" for key, value in facts.items() if value)
     click.echo(json.dumps(facts, indent=2) if as_json else text)
     if facts["problem"]:
         raise click.exceptions.Exit(TargetError.exit_status)
+
+
+def _words(value: Any) -> str:
+    return ", ".join(f"{key}={each}" for key, each in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _target_facts(name: str) -> dict[str, Any]:
@@ -180,7 +184,7 @@ def _target_facts(name: str) -> dict[str, Any]:
     facts |= {"versions": {}, "cannot_run": None, "options": {}, "lowering": {}}
     try:
         found = plugins.load("target", name)()
-        facts |= {"about": (found.__doc__ or "").strip().split("\n")[0], "options": found.options()}
+        facts |= {"about": (found.__doc__ or "").strip().split("\n")[0], "options": plugins.target_options(name)}
         facts["lowering"] = vars(found.lowering)
         facts["versions"] = found.check()
         facts["cannot_run"] = found.cannot_run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import click
 
@@ -39,15 +40,16 @@ def _in_short(device: Device) -> dict[str, str | None]:
     }
 
 
-def print_device(device: Device, as_json: bool) -> None:
-    """All that the table knows of a device, each figure with its source."""
+def print_device(device: Device, options: Mapping[str, Any], as_json: bool) -> None:
+    """All that the table knows of a device, each figure with its source; the options that a target on it takes."""
     if as_json:
-        facts = {**device.model_dump(mode="json"), "default_release": device.release(None).release}
+        facts = {**device.model_dump(mode="json"), "default_release": device.release(None).release, "options": options}
         click.echo(json.dumps(facts, indent=2))
         return
     with page() as console:
         console.print(f"{device.name}: {device.title}", style="bold", markup=False)
         console.print(f"backend {device.backend}; worth using, fastest first: {', '.join(device.pays)}", markup=False)
+        console.print("options: " + ", ".join(f"{name}={value}" for name, value in options.items()), markup=False)
         heading(console, f"figures, dense ({DOUBT} nobody here read it in its source)")
         console.print(grid(("", "", "", "source"), (_figure(*each) for each in device.figures())))
         heading(console, "hardware")

@@ -306,7 +306,7 @@ class TensorRt(_Nvidia):
     def __init__(
         self,
         device: Device | None = None,
-        jetpack: str | float | None = None,
+        jetpack: str | None = None,
         half: bool = False,
         dla_core: NonNegativeInt | None = None,
         workspace_mib: PositiveInt | None = None,
@@ -318,7 +318,7 @@ class TensorRt(_Nvidia):
         trusted_keys: list[Path] | None = None,
     ) -> None:
         super().__init__(device, half, cuda_graph, allow_unsigned, trusted_keys)
-        self.software: Software | None = device.release(None if jetpack is None else str(jetpack)) if device else None
+        self.software: Software | None = device.release(jetpack) if device else None
         if jetpack is not None and device is None:
             raise UsageError(
                 "a JetPack belongs to a device", where=self.name, fix="for example jetson-agx-orin:jetpack=6.2"
