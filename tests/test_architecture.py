@@ -35,7 +35,10 @@ LAYERS = (
 # The device's timing process finds the runtimes of its engines by name.
 UPWARD = {("profile.worker", "plugins")}
 # Narrower than the layers say.
-ONLY = {"plugins": {"errors", "targets.base", "targets.devices", "targets.devices.table"}, "recipe": {"errors", "plugins", "report.gates"}}
+ONLY = {
+    "plugins": {"errors", "targets.base", "targets.devices", "targets.devices.table"},
+    "recipe": {"errors", "plugins", "report.gates"},
+}
 
 Import = tuple[str, str]  # who imports what, both without the leading "mmedge."
 
