@@ -178,12 +178,12 @@ def test_a_damaged_graph_is_not_built(run: Path) -> None:
         build_here(run, RTX, "mmedge build …", Progress())
 
 
-def test_engines_of_another_version_are_built_anew_and_said_to_be(run: Path) -> None:
+def test_engines_of_another_version_are_built_anew_and_said_to_be(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     target = plugins.target(RTX)
     (lowered,) = (load_artifact(path) for path in run.glob(f"artifacts/baseline-{RTX}-lowered*"))
     talk = Talk()
-    store = Store(run / "artifacts", "mmedge build …", talk.say)
+    store = Store(tmp_path / "artifacts", "mmedge build …", talk.say)
     old = build_engine(store, lowered, target, {"tensorrt-rtx": "1.6.0"}, talk)
     new = build_engine(store, lowered, target, {"tensorrt-rtx": "1.7.1"}, talk)
     assert old.path != new.path

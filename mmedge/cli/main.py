@@ -12,7 +12,7 @@ import traceback
 import click
 
 from mmedge import __version__
-from mmedge.cli import catalogues, doctor, runs
+from mmedge.cli import catalogues, doctor, forecast, runs
 from mmedge.errors import MmedgeError
 
 EPILOG = (
@@ -29,6 +29,7 @@ def cli() -> None:
 
 for command in (runs.compress, runs.build, runs.profile, runs.report):
     cli.add_command(command)
+cli.add_command(forecast.forecast)
 cli.add_command(doctor.doctor)
 for group in (catalogues.recipe, catalogues.task, catalogues.target):
     cli.add_command(group)
