@@ -19,8 +19,9 @@ from mmedge.pipeline.device import build_here, holds
 from mmedge.pipeline.engines import build_engine
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe
+from mmedge.report.gates import GatesConfig, evaluate
 from mmedge.report.html import render
-from mmedge.report.model import Report
+from mmedge.report.model import Parts, Report
 
 RTX = "rtx-4090"
 JETSON = "jetson-agx-orin"
@@ -191,3 +192,32 @@ def test_engines_of_another_version_are_built_anew_and_said_to_be(run: Path, tmp
     talk.said.clear()
     assert build_engine(store, lowered, target, {"tensorrt-rtx": "1.7.1"}, talk).path == new.path
     assert talk.said == []
+
+
+def test_reformats_are_told_and_can_be_a_gate(workstation: Path) -> None:
+    """So small an RTX engine needs none; two more, as larger ones have them."""
+    pytest.importorskip("tensorrt_rtx")
+    report = Report.load(workstation)
+    last = report.stages[-1]
+    (cpu, built) = last.results
+    assert (built.target, built.reformats) == (RTX, 0)
+    coverage = built.coverage.model_copy(
+        update={"reformats": ["image → camera.0/Conv", "camera.3/Conv → fusion.0/Gemm"]}
+    )
+    stage = last.model_copy(update={"results": [cpu, built.model_copy(update={"coverage": coverage})]})
+    report = report.model_copy(update={"stages": [*report.stages[:-1], stage]})
+    for limit, verdict in ((2, "pass"), (1, "fail")):
+        gates = {gate.target: gate for gate in evaluate(GatesConfig(max_reformats=limit), report)}
+        assert gates[RTX].verdict == verdict
+        assert gates["onnxruntime"].verdict == "not_measured"
+        assert "does not tell" in gates["onnxruntime"].reason
+    assert "2 kernels only change type or layout (image → camera.0/Conv" in render(report)
+
+
+def test_time_on_an_accelerator_is_stated_apart(workstation: Path) -> None:
+    """No GPU here: what the timing process would send of one, through the report to the page."""
+    report = Report.load(workstation)
+    row = report.stages[0].results[0].model_copy(update={"parts_ms": Parts(h2d=0.1, device=1.25, d2h=0.05)})
+    stages = [report.stages[0].model_copy(update={"results": [row]}), *report.stages[1:]]
+    page = render(report.model_copy(update={"stages": stages}))
+    assert "1.25 ms on the device, copies in 0.100 ms and out 0.0500 ms" in page
