@@ -22,6 +22,7 @@ import onnx
 
 from mmedge.artifact import Artifact, load_artifact
 from mmedge.errors import MmedgeError
+from mmedge.targets.base import Coverage
 from mmedge.targets.onnx_graph import Graph, label
 from mmedge.targets.tensorrt.target import TensorRtRtx
 
@@ -97,8 +98,9 @@ def engine(model: Path, capability: str) -> dict[str, Any]:
         "engine_bytes": build.facts["engine_bytes"],
         "weights_bytes": weights,
         "constants_bytes": constants,
-        # of layers that run in floating point although the graph quantizes them, if their weights are kept so
-        "float_bytes": sum(grown(graph, layer) for layer in other),
+        # Of layers that run in floating point although the graph quantizes them, if their weights are kept so; and
+        # biases and norms between INT8 layers, which by the build log are kept in float32.
+        "float_bytes": sum(grown(graph, layer) for layer in other) + vectors(graph, build.coverage),
         "ratio": weights / constants,
         "int8_coverage": build.coverage.fraction if build.coverage else None,
         "not_int8": dict(build.coverage.other) if build.coverage and build.coverage.int8 else {},
@@ -116,6 +118,14 @@ def grown(model: onnx.ModelProto, layer: str) -> int:
     tensor = onnx.numpy_helper.to_array(graph.initializers[name])
     half = any(each.data_type == onnx.TensorProto.FLOAT16 for each in model.graph.initializer)
     return int(tensor.size) * ((2 if half else 4) - tensor.dtype.itemsize)
+
+
+def vectors(model: onnx.ModelProto, coverage: Coverage | None) -> int:
+    """By how many bytes float16 vectors grow in float32, in a graph with INT8 layers."""
+    if coverage is None or not coverage.int8:
+        return 0
+    half = [each for each in model.graph.initializer if each.data_type == onnx.TensorProto.FLOAT16]
+    return sum(tensor_bytes(each) for each in half if len(each.dims) == 1)
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
