@@ -13,6 +13,7 @@ import torch
 from command import mmedge
 
 from mmedge.stages.base import as_tensors
+from mmedge.stages.structure import count
 from mmedge.tasks import scene_clip, scene_vqa, scenes
 from mmedge.tasks.scene_clip import data as clip_data
 from mmedge.tasks.scene_vqa import data as vqa_data
@@ -284,3 +285,10 @@ def test_it_passes_its_own_check(package, monkeypatch, capsys) -> None:
 @each_task
 def test_the_weights_are_small(package) -> None:
     assert len((files(package.__name__) / "teacher.safetensors").read_bytes()) < 7e6
+
+
+def test_attention_counts_among_the_multiply_accumulates() -> None:
+    """Four layers of two products of 113 x 113 x 256, which PyTorch's counter misses in the fused operator."""
+    task = scene_vqa.task()
+    found = count(task.model, as_tensors(task.example().inputs), task.outputs)
+    assert found["macs"] == 360_388_352 + 4 * 2 * 113**2 * 256
