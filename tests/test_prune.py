@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from families import assert_exports, context_of, lively, prune, run_on, task_of
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmedge.errors import StageError
 from mmedge.progress import Progress
-from mmedge.stages.attention import attentions_of
-from mmedge.stages.base import Context, Network, Saved, as_tensors, outputs_of
-from mmedge.stages.coupling import units_of
+from mmedge.stages.base import Network, Saved, as_tensors
 from mmedge.stages.prune import Prune
-from mmedge.stages.soundness import Soundness
-from mmedge.stages.structure import Cut, Slot, count, narrowed
-from mmedge.task import Batch, Metric, Split, Task, accuracy
+from mmedge.stages.pruning.attention import attentions_of
+from mmedge.stages.pruning.soundness import Soundness
+from mmedge.stages.structure import Cut, Slot, count, narrowed, tensors_of
+from mmedge.task import Task
 from mmedge.tasks.av_digits.model import AvDigits
-from mmedge.tensors import TensorSpec
 
 
 @pytest.fixture(autouse=True)
@@ -33,71 +30,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def task_of(model: nn.Module, inputs: Mapping[str, tuple[int, ...]], classes: int = 10) -> Task:
-    """A task around ``model`` with random data and labels; of ``tokens*`` inputs the entries are integers below 50."""
-
-    def batches(split: Split, seed: int) -> Iterator[Batch]:
-        rng = np.random.default_rng([seed, len(split)])
-        for _ in range(2):
-            arrays = {
-                name: rng.integers(0, 50, (4, *shape))
-                if name.startswith("tokens")
-                else rng.standard_normal((4, *shape), dtype=np.float32)
-                for name, shape in inputs.items()
-            }
-            yield Batch(arrays, rng.integers(0, classes, 4))
-
-    specs = tuple(
-        TensorSpec(name, "int64" if name.startswith("tokens") else "float32", ("batch", *shape), name)
-        for name, shape in inputs.items()
-    )
-    loss: Callable[[Mapping[str, Tensor], Tensor], Tensor] = lambda outputs, y: F.cross_entropy(outputs["logits"], y)  # noqa: E731
-    return Task("random", lively(model), specs, ("logits",), batches, loss, Metric("accuracy", accuracy))
-
-
-def lively(model: nn.Module) -> nn.Module:
-    """Weights as after training, not after initialization: norms and statistics differ from channel to channel."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.rand(parameter.shape, generator=generator)
-            parameter.copy_(parameter * (0.5 + noise) + 0.1 * (noise - 0.5))
-        for name, buffer in model.named_buffers():
-            if buffer.is_floating_point() and "running" in name:
-                buffer.add_(0.3 * torch.rand(buffer.shape, generator=generator))
-    return model.eval()
-
-
-def context_of(task: Task, progress: Progress | None = None) -> Context:
-    return Context(task, task.model, 0, progress or Progress(), lambda name, inputs, compute: compute())
-
-
-def prune(task: Task, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """Prune, save and load as the pipeline does, restore; checks what must hold of every result."""
-    context, stage = context_of(task), Prune(Prune.Config(**settings))
-    before = {name: value.clone() for name, value in task.model.state_dict().items()}
-    saved = stage.run(Network(task.model), context)
-    assert all(torch.equal(before[name], value) for name, value in task.model.state_dict().items())
-    reloaded = Saved(load(save(dict(saved.tensors))), json.loads(json.dumps(saved.edits)))
-    module = stage.restore(Network(task.model), reloaded, context).module
-    assert not module.training
-    inputs = as_tensors(task.example().inputs)
-    with torch.no_grad():
-        expected = outputs_of(task.model, inputs, task.outputs)["logits"]
-        found = outputs_of(module, inputs, task.outputs)["logits"]
-    assert found.shape == expected.shape
-    assert found.isfinite().all()
-    assert saved.edits["after"] == count(module, inputs, task.outputs)
-    assert saved.edits["after"]["parameters"] < saved.edits["before"]["parameters"]
-    assert saved.edits["after"]["macs"] < saved.edits["before"]["macs"]
-    return module, dict(saved.edits)
-
-
-def run_on(task: Task, module: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return outputs_of(module, as_tensors(task.example().inputs), task.outputs)["logits"]
 
 
 def av_digits() -> Task:
@@ -135,30 +67,16 @@ def test_width_and_depth_exports_with_any_batch() -> None:
     assert_exports(task, module)
 
 
-def assert_exports(task: Task, module: nn.Module) -> None:
-    import onnx_ir
-    import onnxruntime
-
-    from mmedge.lower.export import onnx_of
-
-    session = onnxruntime.InferenceSession(onnx_ir.to_proto(onnx_of(Network(module), task)).SerializeToString())
-    inputs = {name: array[:3] for name, array in task.example().inputs.items()}
-    with torch.no_grad():
-        expected = outputs_of(module, as_tensors(inputs), task.outputs)["logits"]
-    np.testing.assert_allclose(session.run(None, inputs)[0], expected.numpy(), atol=1e-4, rtol=1e-3)
-
-
-def test_restored_module_is_bit_equal() -> None:
+def test_restored_module_is_bit_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     task = av_digits()
     seen: list[nn.Module] = []
 
-    class Spy(Prune):
-        def _narrow(self, *args: Any) -> Any:
-            result = super()._narrow(*args)
-            seen.append(result[0])
-            return result
+    def spy(module: nn.Module) -> dict[str, Tensor]:
+        seen.append(module)
+        return tensors_of(module)
 
-    stage, context = Spy(Prune.Config(width=0.5, depth=0.5)), context_of(task)
+    monkeypatch.setattr("mmedge.stages.prune.tensors_of", spy)
+    stage, context = Prune(Prune.Config(width=0.5, depth=0.5)), context_of(task)
     saved = stage.run(Network(task.model), context)
     module = stage.restore(Network(task.model), Saved(load(save(dict(saved.tensors))), saved.edits), context).module
     assert torch.equal(run_on(task, module), run_on(task, seen[0]))
@@ -231,12 +149,14 @@ def test_groups_concatenation_and_a_recurrent_branch() -> None:
     task = task_of(Fusion(), {"camera": (3, 8, 8), "lidar": (2, 8, 8), "speech": (5, 7)})
     module, edits = prune(task, width=0.5, round_to=8)
     assert edits["rolled_back"] == {}
-    assert "embed" in edits["left_alone"]
     assert module.get_submodule("depthwise").groups == 16
     grouped = module.get_submodule("grouped")
     assert (grouped.groups, grouped.in_channels, grouped.weight.shape[1]) == (4, 32, 8)
     assert (module.get_submodule("norm").num_groups, module.get_submodule("norm").num_channels) == (6, 48)
-    assert module.get_submodule("head").in_features == 16 + 24
+    gru = module.get_submodule("gru")
+    assert (gru.input_size, gru.hidden_size, tuple(gru.weight_hh_l0.shape)) == (8, 16, (48, 16))
+    assert module.get_submodule("head").in_features == 16 + 16
+    assert_exports(task, module)
 
 
 class Tied(nn.Module):
@@ -306,7 +226,7 @@ def test_what_cannot_be_followed_is_put_back_and_the_rest_goes_on() -> None:
     torch.manual_seed(0)
     task = task_of(Hidden(), {"x": (6, 8)})
     module, edits = prune(task, width=0.5)
-    assert "grouped-query" in edits["left_alone"]["fewer"]
+    assert "fewer" in edits["rolled_back"]  # its code counts four heads, whatever its weights
     assert "wrong channels" in edits["rolled_back"]["query"]
     assert module.get_submodule("query").out_features == 32
     assert edits["widths"]["wide"] == [64, 32]
@@ -318,7 +238,7 @@ def test_wrong_coupling_of_the_right_shape_is_noticed() -> None:
     inputs = {"input": torch.randn(2, 4)}
     gone = frozenset({1, 2})
     right = [Slot("0", name, dim, tuple(range(8)), tuple(range(8))) for name, dim in [("weight", 0), ("bias", 0)]]
-    check = Soundness(model, inputs, ("logits",))
+    check = Soundness(model, inputs, task_of(model, {"input": (4,)}))
     for order, works in [(range(8), True), (range(7, -1, -1), False)]:
         cuts = [Cut(slot, gone) for slot in [*right, Slot("2", "weight", 1, tuple(range(8)), tuple(order))]]
         assert narrowed(model, cuts)(inputs["input"]).shape == (2, 3)
@@ -417,17 +337,22 @@ def test_frozen_networks_can_be_pruned() -> None:
 
 def test_heads_are_found_by_name() -> None:
     found = list(attentions_of(av_digits().model))
-    assert [a.unit.head_dim for a in found if a.unit] == [16] * 6
-    model = lively(GroupedQueries())
-    units = units_of(model, {"x": torch.randn(2, 5, 32)}, ("y",))
-    assert units.units == ()
+    assert [a.group.atom for a in found if a.group] == [16] * 6
+    (fewer,) = attentions_of(GroupedQueries())
+    assert fewer.group is not None
+    assert fewer.group.atom == 32  # two queries and the keys that they share
 
 
-def test_parametrized_layers_are_left_alone() -> None:
+def test_parametrized_layers_become_plain_ones() -> None:
     task = av_digits()
     nn.utils.parametrizations.weight_norm(task.model.get_submodule("layers.0.attention.query"))
     nn.utils.parametrizations.weight_norm(task.model.get_submodule("layers.1.mlp.up"))
+    before = run_on(task, task.model)
     module, edits = prune(task, importance="magnitude")
-    assert "parametrization" in edits["left_alone"]["layers.1.mlp.up"]
-    assert module.get_submodule("layers.0.attention.query").weight.shape == (64, 64)
-    assert edits["widths"]["layers.0.mlp.up"] == [128, 64]
+    assert edits["baked"] == ["layers.0.attention.query", "layers.1.mlp.up"]
+    assert module.get_submodule("layers.0.attention.query").weight.shape == (32, 64 // 2)
+    assert edits["widths"]["layers.1.mlp.up"] == [128, 64]
+    assert torch.equal(run_on(task, task.model), before)
+    untouched, edits = prune(task, width=1.0, depth=0.5)
+    assert edits["baked"] == []
+    assert "layers.0.attention.query.parametrizations.weight.original0" in dict(untouched.named_parameters())

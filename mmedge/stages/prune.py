@@ -7,17 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pydantic import Field
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import nn
 
 from mmedge.errors import StageError, unknown
 from mmedge.stages.base import Context, Network, Saved, Stage, StageConfig, as_tensors
-from mmedge.stages.coupling import Found, units_of
-from mmedge.stages.importance import Importance, scores_of
-from mmedge.stages.narrowing import Plan, narrow
-from mmedge.stages.soundness import Soundness, differs, guarded
+from mmedge.stages.pruning.attention import Heads
+from mmedge.stages.pruning.budget import Choice, Spread
+from mmedge.stages.pruning.coupling import Found, groups_of
+from mmedge.stages.pruning.goals import Goal, Subject, choices_of, narrow_to, narrow_to_budget, narrow_widths, totals
+from mmedge.stages.pruning.importance import COMPARABLE, Importance, scores_of
+from mmedge.stages.pruning.narrowing import Plan, apply
+from mmedge.stages.pruning.soundness import Soundness, differs, guarded
 from mmedge.stages.structure import (
     attributes_changed,
+    bake,
     count,
     deepest_first,
     keep_blocks,
@@ -29,70 +33,122 @@ from mmedge.stages.structure import (
 from mmedge.stages.training import Training, distil
 
 Protected = set[nn.Module]
+GOALS = ("width", "macs", "parameters", "widths")
 
 
 class Prune(Stage):
     """Structured pruning that follows dependencies.
 
-    First blocks are dropped (``depth``), then widths narrowed (``width``), both checked on an example as they go: what
-    breaks the network is put back and named. What is kept are the remaining weights, the indices of the remaining
-    blocks and the integers that changed; restoring needs neither torch-pruning nor data.
+    First blocks are dropped (``depth``), then widths narrowed, both checked on an example as they go: what breaks the
+    network is put back and named. What is kept are the remaining weights, the indices of the remaining blocks and the
+    integers that changed; restoring needs neither torch-pruning nor data.
     """
 
     name = "prune"
 
     class Config(StageConfig):
-        """Settings of ``prune``.
+        """Settings of ``prune``. One of ``width``, ``macs``, ``parameters`` and ``widths`` says how narrow it gets.
 
         Attributes:
             width: fraction of channels, hidden units and attention heads that stays.
+            macs: fraction of the multiply-accumulates that stays (with ``depth``: of those before blocks are dropped);
+                which widths shrink is searched for.
+            parameters: the same for parameters.
+            widths: groups to the widths that they get, and no others: what a search outside found (``Prune.choices``
+                lists groups and widths).
+            towers: module paths to the fraction that stays of them, in place of the one for the rest of the network
+                (``{image: 0.4, text: 1.0}``).
+            spread: how a budget is spread: by ``importance`` over all groups, or ``even``, the same fraction of each.
+            least: of a budget: the fraction of its width that every group keeps.
             depth: fraction of repeated blocks that stays; the first of a run always does.
+            heads: attentions lose ``whole`` heads, or keep all of them and each gets ``narrower``.
             round_to: widths become a multiple of this; of a smaller power of two where fewer channels would stay.
-            importance: ``taylor`` (gradients of the task's loss on a few training batches) or ``magnitude``.
+            importance: ``taylor`` (gradients of the task's loss on a few training batches), ``magnitude``,
+                ``activation`` (what is read of a channel on those batches) or ``fusion`` (what carries each modality to
+                the outputs).
+            steps: in so many steps, each taking the same fraction, with importance and recovery anew each time.
             keep: patterns of module names (``head``, ``image.*``): their outputs keep their width, their heads and
                 blocks stay.
-            recover: train the result under the teacher; None leaves that to a later ``distill``.
+            recover: train the result of each step under the teacher; None leaves that to a later ``distill``.
         """
 
         width: float = Field(0.5, gt=0, le=1)
+        macs: float | None = Field(None, gt=0, lt=1)
+        parameters: float | None = Field(None, gt=0, lt=1)
+        widths: dict[str, int] = Field(default_factory=dict)
+        towers: dict[str, float] = Field(default_factory=dict)
+        spread: Spread = "importance"
+        least: float = Field(0.1, ge=0, le=1)
         depth: float = Field(1.0, gt=0, le=1)
+        heads: Heads = "whole"
         round_to: int = Field(16, ge=1)
         importance: Importance = "taylor"
+        steps: int = Field(1, ge=1, le=100)
         keep: tuple[str, ...] = ()
         recover: Training | None = None
+
+        @model_validator(mode="after")
+        def _one_goal(self) -> Prune.Config:
+            given = [name for name in GOALS if name in self.model_fields_set and getattr(self, name) not in (None, {})]
+            if len(given) > 1:
+                raise ValueError(f"{' and '.join(given)} are two goals: give one of {', '.join(GOALS)}")
+            if wrong := [f"{path}: {value}" for path, value in self.towers.items() if not 0 < value <= 1]:
+                raise ValueError(f"towers are fractions above 0, at most 1, not {', '.join(wrong)}")
+            if self.widths and (self.towers or self.steps > 1):
+                raise ValueError("widths go with neither towers nor steps: they say all there is to say")
+            return self
+
+        @property
+        def goal(self) -> Goal:
+            """What it asks for, unless it gives ``widths``."""
+            common = (self.towers, self.round_to, self.spread, self.least)
+            if self.macs is not None:
+                return Goal("macs", self.macs, *common)
+            if self.parameters is not None:
+                return Goal("parameters", self.parameters, *common)
+            return Goal("width", self.width, *common)
 
     def run(self, network: Network, context: Context) -> Saved:
         """Prune a copy of the network.
 
         Raises:
-            StageError: nothing can be removed, a layer would lose its last channel or head, or a name in ``keep``
-                does not exist.
+            StageError: nothing can be removed, a layer would lose its last channel or head, the budget cannot be
+                reached, or a name in ``keep``, ``towers`` or ``widths`` does not exist.
         """
-        task = context.task
-        inputs = {name: value[:2] for name, value in as_tensors(task.example().inputs).items()}
-        whole = copy.deepcopy(network.module)
-        shorter = _sharing_tensors(whole)
-        protected = _protected(shorter, self.config.keep)
-        depth, rolled_back = self._drop_blocks(shorter, protected, inputs, task.outputs)
-        result, plan = self._narrow(shorter, whole, protected, inputs, context)
-        rolled_back |= plan.rolled_back
-        if not depth and not plan.widths:
-            raise self._nothing({**plan.left_alone, **rolled_back})
-        attributes = attributes_changed(shorter, result)
-        if self.config.recover is not None:
-            distil(result, self.config.recover, context, "recover")
+        work = _Work(self.config, network.module, context)
+        work.drop_blocks()
+        shorter = work.module
+        for step in range(1, self.config.steps + 1):
+            work.narrow(step)
+            if self.config.recover is not None and (work.depth or work.widths):
+                distil(work.module, self.config.recover, context, "recover")
+        if not work.depth and not work.widths:
+            raise self._nothing({**work.plan.left_alone, **work.rolled_back})
         edits = {
-            "depth": depth,
-            "attributes": attributes,
-            "widths": plan.widths,
-            "rounded_to": plan.rounded_to,
-            "left_alone": plan.left_alone,
-            "rolled_back": rolled_back,
-            "before": count(network.module, inputs, task.outputs),
-            "after": count(result, inputs, task.outputs),
+            "depth": work.depth,
+            "baked": work.baked,
+            "attributes": attributes_changed(shorter, work.module),
+            "widths": work.widths,
+            "rounded_to": work.plan.rounded_to,
+            "left_alone": work.plan.left_alone,
+            "rolled_back": work.rolled_back,
+            "before": count(network.module, work.inputs, context.task.outputs),
+            "after": count(work.module, work.inputs, context.task.outputs),
         }
         _tell(context, edits)
-        return Saved(tensors_of(result), edits)
+        return Saved(tensors_of(work.module), edits)
+
+    def choices(self, network: Network, context: Context) -> tuple[Choice, ...]:
+        """What can be narrowed and to which widths, for a search outside of this stage (of a latency, say).
+
+        Each group was tried once and works. Its names go into ``widths``; ``budget.search`` finds widths for any cost.
+
+        Raises:
+            StageError: the network cannot be traced.
+        """
+        work = _Work(self.config, network.module, context)
+        work.drop_blocks()
+        return choices_of(work.subject(), self.config.goal)[0]
 
     def restore(self, network: Network, saved: Saved, context: Context) -> Network:
         """The pruned network, from the stage's input, the edits and the tensors.
@@ -101,51 +157,11 @@ class Prune(Stage):
             StageError: the saved tensors do not belong to this network.
         """
         module = copy.deepcopy(network.module)
+        bake(module, saved.edits.get("baked", ()))
         keep_blocks(module, saved.edits["depth"])
         set_attributes(module, saved.edits["attributes"])
         load_tensors(module, saved.tensors)
         return Network(module.eval(), network.form)
-
-    def _drop_blocks(
-        self, module: nn.Module, protected: Protected, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]
-    ) -> tuple[dict[str, list[int]], dict[str, str]]:
-        """Drop blocks of ``module`` in place, container by container; which blocks stay, and what did not work."""
-        depth: dict[str, list[int]] = {}
-        broken: dict[str, str] = {}
-        if self.config.depth == 1:
-            return depth, broken
-        expected = guarded(module, inputs, outputs)
-        for path, runs in deepest_first(dict(runs_of(module, inputs))):
-            kept = _kept_blocks(module.get_submodule(path), runs, self.config.depth, protected)
-            if kept is None:
-                continue
-            shorter = copy.deepcopy(module)
-            keep_blocks(shorter, {path: kept})
-            try:
-                problem = differs(guarded(shorter, inputs, outputs), expected)
-            except StageError as err:
-                problem = err.problem
-            if problem:
-                broken[path] = problem
-            else:
-                keep_blocks(module, {path: kept})
-                depth[path] = kept
-        return depth, broken
-
-    def _narrow(
-        self,
-        module: nn.Module,
-        whole: nn.Module,
-        protected: Protected,
-        inputs: Mapping[str, Tensor],
-        context: Context,
-    ) -> tuple[nn.Module, Plan]:
-        if self.config.width == 1:
-            return module, Plan()
-        found = _without_protected(units_of(module, inputs, context.task.outputs), module, protected)
-        scores = scores_of(found.units, module, whole, self.config.importance, context)
-        check = Soundness(module, inputs, context.task.outputs)
-        return narrow(module, found, scores, self.config.width, self.config.round_to, check)
 
     def _nothing(self, reasons: Mapping[str, str]) -> StageError:
         listed = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:5])
@@ -155,6 +171,82 @@ class Prune(Stage):
             fix=f"lower width ({self.config.width}), depth ({self.config.depth}) or round_to ({self.config.round_to}), "
             "or shorten keep",
         )
+
+
+class _Work:
+    """The network on its way.
+
+    Attributes:
+        module: as it is now.
+        depth, widths, plan, rolled_back, baked: what has been done to it.
+    """
+
+    def __init__(self, config: Prune.Config, module: nn.Module, context: Context) -> None:
+        self.config, self.context = config, context
+        self.inputs = {name: value[:2] for name, value in as_tensors(context.task.example().inputs).items()}
+        self.whole = copy.deepcopy(module)
+        self.narrows = bool(config.widths) or config.goal.fraction < 1 or min(config.towers.values(), default=1.0) < 1
+        self.baked = bake(self.whole) if self.narrows else []
+        self.module = _sharing_tensors(self.whole)
+        self.goal = config.goal.checked(self.module)
+        self.depth: dict[str, list[int]] = {}
+        self.widths: dict[str, list[int]] = {}
+        self.plan = Plan()
+        self.rolled_back: dict[str, str] = {}
+        self.before: dict[str, int] = {}
+        if self.goal.quantity != "width":
+            self.before = totals(self.whole, self.goal.quantity, self.goal.towers, self.inputs)
+        _protected(self.module, config.keep)
+
+    def drop_blocks(self) -> None:
+        """Drop blocks, container by container."""
+        if self.config.depth == 1:
+            return
+        outputs = self.context.task.outputs
+        protected = _protected(self.module, self.config.keep)
+        expected = guarded(self.module, self.inputs, outputs)
+        for path, runs in deepest_first(dict(runs_of(self.module, self.inputs))):
+            kept = _kept_blocks(self.module.get_submodule(path), runs, self.config.depth, protected)
+            if kept is None:
+                continue
+            shorter = copy.deepcopy(self.module)
+            keep_blocks(shorter, {path: kept})
+            try:
+                problem = differs(guarded(shorter, self.inputs, outputs), expected)
+            except StageError as err:
+                problem = err.problem
+            if problem:
+                self.rolled_back[path] = problem
+            else:
+                keep_blocks(self.module, {path: kept})
+                self.depth[path] = kept
+
+    def subject(self) -> Subject:
+        """The network with what can be narrowed in it."""
+        outputs = self.context.task.outputs
+        found = groups_of(self.module, self.inputs, outputs, self.config.heads)
+        found = _without_protected(found, self.module, _protected(self.module, self.config.keep))
+        scores = scores_of(found.groups, self.module, self.whole, self.config.importance, self.context)
+        check = Soundness(self.module, self.inputs, self.context.task)
+        return Subject(self.module, found, scores, self.inputs, check, self.config.importance in COMPARABLE)
+
+    def narrow(self, step: int) -> None:
+        """Narrow as far as the goal of ``step`` says."""
+        if not self.narrows:
+            return
+        subject, goal = self.subject(), self.goal.at(step, self.config.steps)
+        if self.config.widths:
+            plan = narrow_to(subject, self.config.widths)
+        elif goal.quantity == "width":
+            plan = narrow_widths(subject, goal, {name: first for name, (first, _) in self.widths.items()})
+        else:
+            plan = narrow_to_budget(subject, goal, self.before)
+        for name, (width, kept) in plan.widths.items():
+            self.widths[name] = [self.widths.get(name, [width])[0], kept]
+        self.plan = plan
+        self.rolled_back |= plan.rolled_back
+        # From here on the narrower network is the one whose gradients count.
+        self.module = self.whole = apply(self.module, plan)
 
 
 def _sharing_tensors(module: nn.Module) -> nn.Module:
@@ -191,15 +283,15 @@ def _kept_blocks(
 
 
 def _without_protected(found: Found, module: nn.Module, protected: Protected) -> Found:
-    """``found`` without the units in which the outputs of a protected module would be narrowed."""
-    units, left = [], dict(found.left_alone)
-    for unit in found.units:
-        held = sorted(path for path in unit.makers if module.get_submodule(path) in protected)
+    """``found`` without the groups in which the outputs of a protected module would be narrowed."""
+    groups, left = [], dict(found.left_alone)
+    for group in found.groups:
+        held = sorted(path for path in group.makers if module.get_submodule(path) in protected)
         if held:
-            left[unit.name] = f"keep names {held[0]}"
+            left[group.name] = f"keep names {held[0]}"
         else:
-            units.append(unit)
-    return Found(tuple(units), left)
+            groups.append(group)
+    return Found(tuple(groups), left)
 
 
 def _tell(context: Context, edits: Mapping[str, Any]) -> None:

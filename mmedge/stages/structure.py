@@ -1,17 +1,21 @@
 """Changing the structure of a module: dropping blocks, narrowing tensors, and writing both down so they can be redone.
 
-Nothing here knows why something is removed; ``coupling`` finds what hangs together and ``prune`` decides.
+Nothing here knows why something is removed: ``pruning.coupling`` finds what hangs together and ``prune`` decides.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from mmedge.errors import StageError
 from mmedge.stages.base import outputs_of
@@ -32,7 +36,9 @@ class Slot:
         dim: the tensor's dimension; None for an attribute, which loses one per removed position. Of a tuple
             (``normalized_shape``) the last entry does.
         positions: the indices along the dimension.
-        channels: for each position, the channel of the unit that it belongs to.
+        channels: for each position, the channel of the group that it belongs to.
+        scaled: what stays is multiplied by the root of the fraction that stays (queries whose product with the keys is
+            divided by the root of their width).
     """
 
     owner: str
@@ -40,6 +46,7 @@ class Slot:
     dim: int | None
     positions: tuple[int, ...]
     channels: tuple[int, ...]
+    scaled: bool = False
 
     def removed(self, channels: frozenset[int]) -> set[int]:
         """The positions that go when ``channels`` do."""
@@ -52,6 +59,12 @@ class Cut:
 
     slot: Slot
     channels: frozenset[int]
+
+    @property
+    def factor(self) -> float:
+        """By what the rest is multiplied."""
+        whole = set(self.slot.channels)
+        return math.sqrt(1 - len(whole & self.channels) / len(whole)) if self.slot.scaled else 1.0
 
 
 Places = dict[int, tuple[Tensor, dict[int, set[int]]]]
@@ -75,8 +88,9 @@ def narrowed(module: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
     """A copy of ``module`` without what ``cuts`` remove."""
     smaller = copy.deepcopy(module)
     swaps: dict[int, Tensor] = {}
+    factors = _factors(smaller, cuts)
     for key, (tensor, dims) in places(smaller, cuts).items():
-        value = tensor.detach()
+        value = tensor.detach() * factors[key] if key in factors else tensor.detach()
         for dim, gone in dims.items():
             value = value.index_select(dim, torch.tensor([i for i in range(value.shape[dim]) if i not in gone]))
         swaps[key] = value.contiguous()
@@ -86,6 +100,17 @@ def narrowed(module: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
         old = getattr(holder, name)
         setattr(holder, name, (*old[:-1], old[-1] - loss) if isinstance(old, tuple) else old - loss)
     return smaller
+
+
+def _factors(module: nn.Module, cuts: Iterable[Cut]) -> dict[int, Tensor]:
+    """By what the entries of scaled tensors are multiplied, by the tensor's id."""
+    found: dict[int, Tensor] = {}
+    for cut in cuts:
+        if cut.slot.scaled and cut.slot.dim is not None:
+            tensor = getattr(module.get_submodule(cut.slot.owner), cut.slot.name)
+            factors = found.setdefault(id(tensor), torch.ones_like(tensor))
+            factors.index_fill_(cut.slot.dim, torch.tensor(cut.slot.positions), cut.factor)
+    return found
 
 
 def _attribute_losses(cuts: Iterable[Cut]) -> dict[tuple[str, str], int]:
@@ -168,6 +193,41 @@ def deepest_first(containers: Mapping[str, Items]) -> list[tuple[str, Items]]:
     return sorted(containers.items(), key=lambda item: (-item[0].count("."), item[0]))
 
 
+def bake(module: nn.Module, paths: Iterable[str] | None = None) -> list[str]:
+    """Make plain tensors of weights that are computed from others (weight and spectral norm), in place.
+
+    Args:
+        module: the network.
+        paths: where; by default wherever there are any.
+
+    Returns:
+        The paths of the layers that changed.
+    """
+    layers = dict(module.named_modules())
+    baked = set()
+    for path in list(layers) if paths is None else paths:
+        layer = layers[path]
+        if is_parametrized(layer):
+            _unparametrize(layer)
+            baked.add(path)
+        for hook in list(layer._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(layer, hook.name)
+                baked.add(path)
+    return sorted(baked)
+
+
+def _unparametrize(layer: nn.Module) -> None:
+    """``remove_parametrizations`` for a copy: that function changes the class, which copies share."""
+    names = list(layer.get_submodule("parametrizations")._modules)
+    values = {name: getattr(layer, name).detach().clone() for name in names}
+    trainable = any(parameter.requires_grad for parameter in layer.parameters())
+    del layer._modules["parametrizations"]
+    layer.__class__ = type(layer).__bases__[0]
+    for name, value in values.items():
+        layer.register_parameter(name, nn.Parameter(value, requires_grad=trainable))
+
+
 def runs_of(module: nn.Module, inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, list[list[int]]]]:
     """Containers with runs of interchangeable children, as ``(path, [indices of a run, …])``.
 
@@ -231,11 +291,59 @@ def count(module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, .
     Counted are convolutions, matrix products and attention products (half of what PyTorch's ``FlopCounterMode``
     reports); normalisation, activations and additions are not. Tied parameters count once.
     """
+    one = {name: value[:1] for name, value in inputs.items()}
+    with _counting() as counter:
+        outputs_of(module, one, outputs)
+    return {"parameters": sum(p.numel() for p in module.parameters()), "macs": counter.get_total_flops() // 2}
+
+
+def macs_by_module(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+    """Multiply-accumulates for one sample that each module does itself, not in the modules inside it; by path.
+
+    Modules that do none are left out; see ``count`` for what is counted.
+    """
+    found: dict[str, int] = {}
+    inside = [0]  # of the modules that are running: what those within them did
+    started: list[int] = []
+    paths = {child: path for path, child in module.named_modules()}
+
+    with _counting() as counter:
+
+        def enter(child: nn.Module, _: Any) -> None:
+            started.append(counter.get_total_flops())
+            inside.append(0)
+
+        def leave(child: nn.Module, args: Any, output: Any) -> None:
+            done = counter.get_total_flops() - started.pop()
+            found[paths[child]] = found.get(paths[child], 0) + (done - inside.pop()) // 2
+            inside[-1] += done
+
+        hooks = [child.register_forward_pre_hook(enter) for child in paths]
+        hooks += [child.register_forward_hook(leave) for child in paths]
+        try:
+            module(**{name: value[:1] for name, value in inputs.items()})
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return {path: macs for path, macs in found.items() if macs}
+
+
+@contextmanager
+def _counting() -> Iterator[Any]:
+    """A counter of floating-point operations. It sees operators, so no layer, attention or LSTM may run fused."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    one = {name: value[:1] for name, value in inputs.items()}
-    products = sdpa_kernel(SDPBackend.MATH)  # the processor's fused attention is one operator that is not counted
-    with torch.no_grad(), SlowAttention(), products, FlopCounterMode(display=False) as counter:
-        outputs_of(module, one, outputs)
-    return {"parameters": sum(p.numel() for p in module.parameters()), "macs": counter.get_total_flops() // 2}
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        # The processor's fused attention is one operator that is not counted.
+        with (
+            torch.no_grad(),
+            SlowAttention(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            yield counter
+    finally:
+        torch._C._set_mkldnn_enabled(before)

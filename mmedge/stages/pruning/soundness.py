@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from mmedge.errors import StageError
 from mmedge.stages.base import outputs_of
 from mmedge.stages.structure import Cut, SlowAttention, narrowed, places
+from mmedge.stages.trace import program_of
+from mmedge.task import Task
 
 
 class Soundness:
@@ -25,17 +30,20 @@ class Soundness:
     Args:
         module: the network, in eval mode.
         inputs: two samples or so.
-        outputs: names of the outputs.
+        task: for the names of the outputs, and to export it.
+
+    Attributes:
+        exporting: whether cuts must also leave it exportable.
     """
 
-    def __init__(self, module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]) -> None:
-        self.outputs = outputs
+    def __init__(self, module: nn.Module, inputs: Mapping[str, Tensor], task: Task) -> None:
+        self.task, self.outputs, self.real, self.exporting = task, task.outputs, module, False
         self.module, self.inputs, self.tolerance = module, dict(inputs), 1e-3
         self.reference = self._call(module)
         # In float64 rounding is far below any real difference. Not every network can run in it.
         doubled = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
         try:
-            reference = guarded(double := copy.deepcopy(module).double(), doubled, outputs)
+            reference = guarded(double := copy.deepcopy(module).double(), doubled, self.outputs)
         except StageError:
             return
         self.module, self.inputs, self.tolerance, self.reference = double, doubled, 1e-6, reference
@@ -56,7 +64,24 @@ class Soundness:
                 scale = float(silenced[name].abs().max()) + float(self.reference[name].abs().max())
                 if error > self.tolerance * scale:
                     return f"output {name} would be computed from the wrong channels (off by {error / scale:.1e})"
+        return self.unexportable(cuts) if self.exporting else None
+
+    def unexportable(self, cuts: Sequence[Cut]) -> str | None:
+        """Why the network can no longer be exported after ``cuts``; None where it can, or never could."""
+        try:
+            program_of(narrowed(self.real, cuts), self.task)
+        except StageError as err:
+            return err.problem if self._exports else None
         return None
+
+    @cached_property
+    def _exports(self) -> bool:
+        """Whether it can be exported as it is."""
+        try:
+            program_of(self.real, self.task)
+        except StageError:
+            return False
+        return True
 
     def _call(self, module: nn.Module) -> dict[str, Tensor]:
         return guarded(module, self.inputs, self.outputs)
@@ -94,6 +119,8 @@ def _shape(tensor: Tensor) -> str:
 def _silenced(module: nn.Module, smaller: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
     """``module`` with the weights of removed channels zero, and normalisations that see the kept channels only."""
     silent = copy.deepcopy(module)
+    if any(cut.slot.scaled for cut in cuts):
+        smaller = narrowed(module, [replace(cut, slot=replace(cut.slot, scaled=False)) for cut in cuts])
     with torch.no_grad():
         for tensor, dims in places(silent, cuts).values():
             for dim, gone in dims.items():
@@ -104,29 +131,37 @@ def _silenced(module: nn.Module, smaller: nn.Module, cuts: Sequence[Cut]) -> nn.
     for path, gone in gone_at.items():
         child = silent.get_submodule(path)
         if isinstance(child, nn.GroupNorm):
-            child.register_forward_hook(_GroupNormOfKept(gone))
+            child.register_forward_hook(_GroupNormOfKept(gone), with_kwargs=True)
         elif _normalises_channels(child):
-            child.register_forward_hook(_NormOfKept(smaller.get_submodule(path), gone))
+            child.register_forward_hook(_NormOfKept(smaller.get_submodule(path), gone), with_kwargs=True)
     return silent
 
 
 def _normalises_channels(module: nn.Module) -> bool:
-    """LayerNorm, RMSNorm and the many RMSNorm classes that models bring along."""
+    """LayerNorm, RMSNorm and the many classes of the kind that models bring along."""
     own = list(module.parameters())
-    custom = len(own) == 1 and own[0].ndim == 1 and type(module).__name__.lower().endswith("norm")
-    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or custom
+    custom = 0 < len(own) < 3 and all(tensor.ndim == 1 for tensor in own) and "norm" in type(module).__name__.lower()
+    return isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or (custom and not isinstance(module, _NormBase))
 
 
 class _NormOfKept:
-    """A hook: the narrowed norm over the kept channels (the last dimension), zero elsewhere."""
+    """A hook: the narrowed norm over the kept channels, zero elsewhere."""
 
     def __init__(self, smaller: nn.Module, gone: set[int]) -> None:
         self.smaller, self.gone = smaller, gone
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        kept = torch.tensor([index for index in range(output.shape[-1]) if index not in self.gone])
-        values = self.smaller(args[0].index_select(-1, kept))
-        return torch.zeros_like(output).index_copy_(-1, kept, values)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        count = next((tensor.numel() for tensor in module.parameters()), output.shape[-1])
+        # Subclasses may normalise the channels of images.
+        first = type(module) is not nn.LayerNorm and output.ndim == 4 and output.shape[1] == count
+        axis = 1 if first else output.ndim - 1
+        kept = torch.tensor([index for index in range(output.shape[axis]) if index not in self.gone])
+        values = self.smaller(_first(args, kwargs).index_select(axis, kept))
+        return torch.zeros_like(output).index_copy_(axis, kept, values)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return next(iter((*args, *kwargs.values())))
 
 
 class _GroupNormOfKept:
@@ -135,8 +170,8 @@ class _GroupNormOfKept:
     def __init__(self, gone: set[int]) -> None:
         self.gone = gone
 
-    def __call__(self, module: nn.GroupNorm, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        x = args[0]
+    def __call__(self, module: nn.GroupNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        x = _first(args, kwargs)
         kept = torch.tensor([index not in self.gone for index in range(x.shape[1])])
         result = torch.zeros_like(x)
         for part in torch.arange(x.shape[1]).chunk(module.num_groups):
