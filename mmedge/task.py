@@ -70,6 +70,23 @@ def accuracy(outputs: Mapping[str, Array], targets: Array) -> float:
 
 
 @dataclass(frozen=True)
+class Component:
+    """A part of the network that gets a graph and an engine of its own: a tower, an encoder, a decoder.
+
+    It is cut out of the network's graph as it was lowered, so it has the weights and scales that were measured there.
+
+    Attributes:
+        name: short, used in file names.
+        inputs: names of inputs of the task, or of outputs that another component makes.
+        outputs: names of outputs of the task.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Task:
     """A trained model and what it is for.
 
@@ -83,6 +100,7 @@ class Task:
         loss: ``loss(outputs, targets)`` for training: tensors in, a scalar tensor out.
         metric: what is reported and gated.
         student: builds a smaller module with the same inputs and outputs, for ``distill: {student: task}``.
+        components: parts that are also wanted alone, as a dual encoder's towers or an encoder and its decoder are.
     """
 
     name: str
@@ -93,6 +111,7 @@ class Task:
     loss: Callable[[Mapping[str, Tensor], Tensor], Tensor]
     metric: Metric
     student: Callable[[], nn.Module] | None = None
+    components: tuple[Component, ...] = ()
     source: str = field(default="", compare=False)
 
     @property
@@ -312,7 +331,7 @@ def check_declarations(task: Task, where: str) -> None:
     Raises:
         TaskError: says which.
     """
-    if problems := _wrong_types(task) or _wrong_names(task) + _wrong_specs(task):
+    if problems := _wrong_types(task) or _wrong_names(task) + _wrong_specs(task) + _wrong_components(task):
         raise TaskError("; ".join(problems), where=where, fix="correct the Task that the function returns")
 
 
@@ -335,6 +354,10 @@ def _wrong_types(task: Task) -> list[str]:
         "loss": ("a function", callable(task.loss)),
         "metric": ("a Metric with a function", isinstance(task.metric, Metric) and callable(task.metric.score)),
         "student": ("a function", task.student is None or callable(task.student)),
+        "components": (
+            "a tuple of Component",
+            isinstance(task.components, several) and all(isinstance(part, Component) for part in task.components),
+        ),
     }
     return [f"{name} is {getattr(task, name)!r:.60}, not {what}" for name, (what, good) in wanted.items() if not good]
 
@@ -365,4 +388,25 @@ def _wrong_specs(task: Task) -> list[str]:
             problems.append(f"{spec.name}: no modality")
         if not isinstance(spec.fill, (int, float)) or not math.isfinite(spec.fill):
             problems.append(f"{spec.name}: fill {spec.fill} is not a number")
+    return problems
+
+
+def _wrong_components(task: Task) -> list[str]:
+    names = [part.name for part in task.components]
+    problems = [f"two components are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+    given = {spec.name for spec in task.inputs}
+    for part in task.components:
+        if not part.name.isidentifier():
+            problems.append(f"the component name {part.name!r} is not fit for a file name")
+        made = {name for other in task.components if other is not part for name in other.outputs}
+        problems += [
+            f"{part.name}: no input {name!r}, and no other component makes it"
+            for name in part.inputs
+            if name not in given | made
+        ]
+        problems += [
+            f"{part.name}: the task has no output {name!r}" for name in part.outputs if name not in task.outputs
+        ]
+        if not part.inputs or not part.outputs:
+            problems.append(f"{part.name}: inputs and outputs must not be empty")
     return problems

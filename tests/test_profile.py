@@ -281,7 +281,7 @@ def is_below(folder: Path, link: Path) -> bool:
 def test_memory_counts_what_the_engine_holds(tiny: Callable[..., EngineRef]) -> None:
     light = peak_memory_mib(tiny("light"), SAMPLES)
     heavy = peak_memory_mib(tiny("heavy", does="hoard"), SAMPLES)
-    assert 0 < light < 12  # without the interpreter and NumPy, some 30 MiB
+    assert 0 <= light < 12  # without the interpreter and NumPy, some 30 MiB
     assert 56 < heavy - light < 80
 
 
