@@ -56,7 +56,7 @@ def target(spec: str) -> Target:
 
     Args:
         spec: a backend or a device of the table, with options if wanted: ``onnxruntime``, ``jetson-agx-orin``,
-            ``onnxruntime:provider=cuda``, ``tensorrt-rtx:compute_capabilities=[SM86,SM89]``. The whole text is the
+            ``onnxruntime:provider=cuda``, ``tensorrt-rtx:compute_capabilities=[8.6,8.9]``. The whole text is the
             target's name in reports.
 
     Raises:

@@ -179,6 +179,7 @@ class _Run:
         for use in self.uses:
             if use.elsewhere is None:
                 self.measured.time(use.target, self.steps, self.job.again == "timing")
+                self.measured.take_apart(use.target, self.steps)
                 self._keep_so_far()
         report = judged(self._report([]), self.job.recipe.gates, self.planned[-1].name if self.planned else None)
         report.save(self.folder.report)

@@ -18,6 +18,7 @@ import numpy as np
 from mmedge import plugins
 from mmedge.artifact import Artifact, Store, load_artifact, write_text
 from mmedge.errors import ArtifactError, UsageError
+from mmedge.pipeline.components import Bench, Parts
 from mmedge.pipeline.engines import build_engine, place_name
 from mmedge.pipeline.environment import cpu_name, environment
 from mmedge.pipeline.folder import RunFolder, open_run, processors, read_json
@@ -28,7 +29,7 @@ from mmedge.profile.statistics import Speedup
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe, load_recipe
 from mmedge.report.gates import GatesConfig, evaluate, verdict
-from mmedge.report.model import Environment, Report, Result, Stage
+from mmedge.report.model import ComponentResult, Environment, Report, Result, Stage
 from mmedge.targets.base import Target
 from mmedge.tensors import Array
 
@@ -156,11 +157,25 @@ class _Device:
         why = self.target.cannot_run()
         shipped = {stage.name: self._ship(stage, engines, why) for stage in stages}
         times = {} if why else self._timings(stages, shipped)
+        components = self._components(stages, shipped, why)
         rows = []
         for stage in stages:
             result = self._row(stage, shipped[stage.name], shipped[stages[0].name], times.get(stage.name), why)
+            result = result.model_copy(update={"components": components.get(stage.name, [])})
             rows.append({"digest": stage.digest, "result": result.finite().model_dump()})
         return rows
+
+    def _components(
+        self, stages: list[Stage], shipped: dict[str, _Shipped], why: str | None
+    ) -> dict[str, list[ComponentResult]]:
+        """Components of the first and of the last stage, where the task has any; by stage."""
+        first = self._parts(stages[0], shipped[stages[0].name])
+        last = self._parts(stages[-1], shipped[stages[-1].name]) if len(stages) > 1 else first
+        if first is None or last is None:
+            return {}
+        bench = Bench(self.store, self.recipe.profile, self._samples()[0], self.progress, why)
+        results = bench.results(first, last)
+        return {first.stage: results[0], last.stage: results[1]}
 
     def _lowered(self, stage: Stage) -> dict[str, Artifact]:
         """Whole lowered graphs of a stage for this target by precision, those with released layers left out."""
@@ -168,6 +183,29 @@ class _Device:
         found = [each for one in portable for each in self.known.get(one.digest, ())]
         mine = [each for each in found if each.about.get("target") == self.target.name]
         return {each.about["precision"]: each for each in mine if "-part" not in each.manifest.name}
+
+    def _lowered_parts(self, stage: Stage) -> dict[str, dict[str, Artifact]]:
+        """Lowered graphs of a stage's components for this target, by component and precision."""
+        portable = [each for each in self.known.get(stage.digest, ()) if each.manifest.kind == "onnx"]
+        parts = [each for whole in portable for each in self.known.get(whole.digest, ())]
+        found: dict[str, dict[str, Artifact]] = {}
+        for each in (lowered for part in parts for lowered in self.known.get(part.digest, ())):
+            if each.about.get("target") == self.target.name and "component" in each.about:
+                found.setdefault(each.about["component"], {})[each.about["precision"]] = each
+        return found
+
+    def _parts(self, stage: Stage, own: _Shipped) -> Parts | None:
+        """The components of what is shipped of a stage; None where it has none."""
+        source = self._float_parent(stage) if own.shipped == "twin" else stage
+        lowered = self._lowered_parts(source or stage)
+        if not lowered:
+            return None
+        form = next(form for form in self.target.forms() if form.float_name == own.precision)
+        engines = {
+            name: build_engine(self.store, graphs[own.precision], form, self.versions, self.progress)
+            for name, graphs in sorted(lowered.items())
+        }
+        return Parts(stage.name, form, engines, self._samples(source)[1])
 
     def _engines(self, stage: Stage) -> dict[str, Artifact]:
         """By precision of what is not INT8, in the order of the target's forms."""

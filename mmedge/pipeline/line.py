@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ from torch import Tensor
 from mmedge.artifact import Artifact, Store
 from mmedge.errors import ArtifactError
 from mmedge.lower import shape
+from mmedge.lower.cut import cut, specs_of
 from mmedge.lower.export import OPSET, archive_of, onnx_of, write
 from mmedge.pipeline.engines import build_engine, place_name
 from mmedge.pipeline.environment import versions_of
@@ -27,7 +29,7 @@ from mmedge.stages.structure import count
 from mmedge.targets.base import Target
 from mmedge.targets.lowered import write_description
 from mmedge.targets.onnx_graph import place
-from mmedge.task import Task
+from mmedge.task import Component, Task
 from mmedge.tensors import Array
 
 BASELINE = "baseline"
@@ -185,16 +187,34 @@ class Line:
 
         return self.store.make("onnx", f"{step.name}-{form}", inputs, fill, step.artifact)
 
-    def lowered(self, step: Step, target: Target, released: tuple[str, ...] = ()) -> Artifact:
+    def part(self, step: Step, component: Component) -> Artifact:
+        """A component of the step's network as ``model.onnx``."""
+        whole = self.portable(step, "onnx")
+        inputs = {"whole": whole.digest, "component": vars(component)}
+
+        def fill(folder: Path) -> dict[str, Any]:
+            model = ir.load(whole.file("model.onnx"))
+            cut(model, component)
+            write(model, folder / "model.onnx")
+            known = {spec.name: spec.as_json() for spec in self.task.inputs}
+            specs = [known.get(spec["name"], spec) for spec in specs_of(model)]
+            return {"inputs": specs, "outputs": list(component.outputs)}
+
+        return self.store.make("onnx", f"{step.name}-{component.name}", inputs, fill, whole)
+
+    def lowered(
+        self, step: Step, target: Target, released: tuple[str, ...] = (), component: Component | None = None
+    ) -> Artifact:
         """The step's network in the form that a target builds from: ``model.onnx`` (or ``.pt2``) and what it must know.
 
         Args:
             step: which network.
             target: in the form that is wanted.
             released: INT8 layers that this engine keeps in floating point.
+            component: which part of the network, None for all of it; from ONNX only.
         """
         lowering = target.lowering
-        portable = self.portable(step, lowering.format)
+        portable = self.part(step, component) if component else self.portable(step, lowering.format)
         if step.half is not None:
             lowering = replace(lowering, float_type="float16")
         islands = self.islands(step) if lowering.float_type == "float16" else ()
@@ -217,22 +237,30 @@ class Line:
                 release = shape.Release(released, float_weights(step.network)) if released else None
                 shape.shape_for(portable.file("model.onnx"), lowering, lowered, release, islands)
             names = {"inputs": portable.about["inputs"], "outputs": portable.about["outputs"], "batch": self.batch}
+            part = {"component": component.name} if component else {}
             described = {**names, **target.describe(lowered, self.batch)}
             write_description(lowered, described)
             for script, text in target.scripts(lowered.name, described).items():
                 (folder / script).write_text(text, encoding="utf-8")
                 (folder / script).chmod(0o755)
             precision = "fp16" if lowering.float_type == "float16" else target.float_name
-            return {**names, "target": target.name, "precision": precision}
+            return {**names, **part, "target": target.name, "precision": precision}
 
-        name = place_name(f"{step.name}-{target.name}") + ("-part" if released else "")
+        name = place_name(f"{step.name}-{target.name}") + (f"-{component.name}" if component else "")
+        name += "-part" if released else ""
         return self.store.make("onnx", f"{name}-lowered", inputs, fill, portable)
 
     def engine(
-        self, step: Step, target: Target, versions: Mapping[str, str], released: tuple[str, ...] = ()
+        self,
+        step: Step,
+        target: Target,
+        versions: Mapping[str, str],
+        released: tuple[str, ...] = (),
+        component: Component | None = None,
     ) -> Artifact:
         """The step's engine for a target: found, or lowered and built now."""
-        return build_engine(self.store, self.lowered(step, target, released), target, versions, self.progress)
+        lowered = self.lowered(step, target, released, component)
+        return build_engine(self.store, lowered, target, versions, self.progress)
 
     def islands(self, step: Step) -> tuple[str, ...]:
         """Modules whose values float16 cannot hold, found on calibration data."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedge.artifact import Artifact
+from mmedge.pipeline.components import Bench, Parts
 from mmedge.pipeline.environment import cpu_name
 from mmedge.pipeline.folder import processors
 from mmedge.pipeline.line import Line, Step
@@ -17,7 +18,17 @@ from mmedge.pipeline.twin import Engine, Settled, TwinRule
 from mmedge.profile.accuracy import Accuracy, modality_health, parity, run_split
 from mmedge.profile.worker import write_arrays
 from mmedge.recipe import ProfileConfig, TwinConfig
-from mmedge.report.model import Deferred, Modality, Outlier, Precision, Quantization, Result, Stage, Trial
+from mmedge.report.model import (
+    ComponentResult,
+    Deferred,
+    Modality,
+    Outlier,
+    Precision,
+    Quantization,
+    Result,
+    Stage,
+    Trial,
+)
 from mmedge.targets.base import Target
 from mmedge.tensors import Array
 
@@ -31,12 +42,18 @@ class Measured:
 
     step: Step
     target: Target
-    engine: Artifact
+    made: Engine  # what is shipped
     versions: Mapping[str, str]
     accuracy: dict[str, Any] | None = None
     timing: dict[str, Any] | None = None
     why_not: str | None = None  # why the engine cannot run here
-    settled: Settled | None = None  # of a Q/DQ network: what is shipped, and its twin
+    settled: Settled | None = None  # of a Q/DQ network: why this is shipped, and its twin
+    components: list[ComponentResult] = field(default_factory=list)
+
+    @property
+    def engine(self) -> Artifact:
+        """The engine's folder."""
+        return self.made.artifact
 
 
 @dataclass
@@ -56,12 +73,12 @@ class Measurements:
         Of a Q/DQ network the engine is the one that the twin rule ships.
         """
         settled = self._rule().settle(step, target, versions) if step.form == "qdq" else None
-        engine = settled.engine.artifact if settled else self.line.engine(step, target, versions)
-        cell = Measured(step, target, engine, versions, why_not=target.cannot_run(), settled=settled)
+        made = settled.engine if settled else Engine(self.line.engine(step, target, versions), target, step)
+        cell = Measured(step, target, made, versions, why_not=target.cannot_run(), settled=settled)
         self.cells[step.name, target.name] = cell
         self._keep_samples(step)
         if cell.why_not is None:
-            cell.accuracy = self._accuracy(step, Engine(engine, target))
+            cell.accuracy = self._accuracy(step, made)
             if step.name not in self.health:
                 self.health[step.name] = self._health(cell)
         return cell
@@ -69,6 +86,9 @@ class Measurements:
     def defer(self, step: Step, target: Target, why: str) -> None:
         """Lower a step for a target whose engines are built on the device; keep what it is to be checked with."""
         lowered = {found.digest: found for found in (self.line.lowered(step, form) for form in target.forms())}
+        for form in target.forms():
+            for part in self.line.task.components if form.lowering.format == "onnx" else ():
+                self.line.lowered(step, form, component=part)
         self.deferred += [
             Deferred(
                 target=target.name,
@@ -163,6 +183,22 @@ class Measurements:
         for cell in cells:
             cell.timing = found[cell.step.name]
 
+    def take_apart(self, target: Target, steps: Sequence[Step]) -> None:
+        """Build the task's components from the baseline and from the last network, and measure them side by side."""
+        if not self.line.task.components or target.lowering.format != "onnx":
+            return
+        first, last = (self.cells[step.name, target.name] for step in (steps[0], steps[-1]))
+        bench = Bench(self.line.store, self.profile, self._samples(), self.line.progress, last.why_not)
+        first.components, last.components = bench.results(self._parts(first), self._parts(last))
+
+    def _parts(self, cell: Measured) -> Parts:
+        made = cell.made
+        engines = {
+            part.name: self.line.engine(made.step, made.target, cell.versions, made.released, part)
+            for part in self.line.task.components
+        }
+        return Parts(cell.step.name, made.target, engines, self.line.reference(made.step, TIMED_SAMPLES))
+
     def _timing(self, target: Target, cells: Sequence[Measured]) -> dict[str, Any]:
         engines = [
             Timed(
@@ -218,6 +254,7 @@ class Measurements:
                 "parity": cell.accuracy["parity"] if cell.accuracy else None,
                 "energy_mj": None,
                 "twin": self._twin_json(cell, reasons),
+                "components": cell.components,
                 "versions": dict(cell.versions),
                 "reasons": reasons,
                 **coverage,

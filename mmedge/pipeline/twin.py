@@ -27,10 +27,19 @@ WORTH_IT = 1.01  # a group goes back for speed only where that makes the engine 
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine and the form of the target that made it."""
+    """An engine and what it was made from.
+
+    Attributes:
+        artifact: the engine.
+        target: the form of the target that made it.
+        step: the network.
+        released: INT8 layers that went back to floating point.
+    """
 
     artifact: Artifact
     target: Target
+    step: Step
+    released: tuple[str, ...] = ()
 
 
 @dataclass
@@ -74,10 +83,10 @@ class TwinRule:
         """Decide what is shipped of ``step``, a Q/DQ network, on ``target``."""
         parent = step.float_ancestor()
         forms = target.forms()
-        whole = [Engine(self.line.engine(step, form, versions), form) for form in forms]
+        whole = [Engine(self.line.engine(step, form, versions), form, step) for form in forms]
         if why := target.cannot_run():
             return Settled(whole[-1], None, "int8", f"not compared with a higher precision: {why}")
-        twins = [Engine(self.line.engine(parent, form, versions), form) for form in forms]
+        twins = [Engine(self.line.engine(parent, form, versions), form, parent) for form in forms]
         times = self._times([*twins, *whole])
         twin, int8 = self._fastest(twins, times), self._fastest(whole, times)
         search = _Search(self, step, versions, twin, int8, self.value(parent, twin))
@@ -178,7 +187,7 @@ class _Search:
     def _without(self, groups: Sequence[str]) -> Engine:
         layers = tuple(layer for group in groups for layer in self._groups[group])
         form = self.int8.target
-        return Engine(self.rules.line.engine(self.step, form, self.versions, layers), form)
+        return Engine(self.rules.line.engine(self.step, form, self.versions, layers), form, self.step, layers)
 
     def _repair_accuracy(self, drop: float) -> tuple[Engine, dict[str, str]]:
         """Give back the most damaging groups, twice as many each time, until the budget holds."""

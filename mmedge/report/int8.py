@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmedge.report.model import Quantization, Report, Result, Trial
-from mmedge.report.values import digits
+from mmedge.report.values import MIB, digits
 
 MOST = 5  # of a list that could be long; report.json has all
 
@@ -53,6 +53,19 @@ def fusion(report: Report) -> Iterator[str]:
             if kernels:
                 named = ", ".join(kernels[:MOST]) + (" …" if len(kernels) > MOST else "")
                 yield f"{stage.name} on {result.target}: {len(kernels)} kernels only change type or layout ({named})"
+
+
+def components(report: Report) -> Iterator[str]:
+    """The network's parts as engines of their own."""
+    for stage in report.stages:
+        for result in stage.results:
+            for part in result.components:
+                told = f"{digits(part.size_bytes / MIB)} MiB, {part.artifact}"
+                if part.latency_ms and part.latency_ms.p50 is not None:
+                    gain = part.speedup.vs_baseline if part.speedup else None
+                    times = f" ({digits(gain)}x)" if gain is not None and stage is not report.stages[0] else ""
+                    told = f"p50 {digits(part.latency_ms.p50)} ms{times}, {told}"
+                yield f"{stage.name}, {part.name} alone on {result.target}: {told}"
 
 
 def _verdict(result: Result) -> str:

@@ -158,6 +158,25 @@ class Twin(Part):
     reason: str
 
 
+class ComponentResult(Reasoned):
+    """A component of the network (a tower, an encoder, a decoder) as an engine of its own.
+
+    Attributes:
+        artifact: the engine's folder, relative to the run folder.
+        speedup: over the same component of the baseline.
+        parity: the outputs, with the components run one after the other, against PyTorch's of the whole network.
+    """
+
+    name: str
+    artifact: str
+    size_bytes: int
+    latency_ms: Latency | None
+    speedup: Speedup | None
+    peak_memory_mib: float | None
+    parity: Parity | None
+    reasons: dict[str, str] = Field(default_factory=dict)
+
+
 class Result(Reasoned):
     """One stage on one target in one precision.
 
@@ -170,6 +189,7 @@ class Result(Reasoned):
         threads: CPU threads the engine was measured with.
         versions: of what built and ran the engine.
         twin: of an INT8 network; null for others.
+        components: the network's parts as engines of their own, of the baseline and of the last stage.
     """
 
     may_be_none = frozenset({"twin", "reformats", "parts_ms"})
@@ -189,6 +209,7 @@ class Result(Reasoned):
     int8_coverage: float | None
     coverage: Coverage | None
     twin: Twin | None = None
+    components: list[ComponentResult] = Field(default_factory=list)
     threads: int | None
     versions: dict[str, str] = Field(default_factory=dict)
     reasons: dict[str, str] = Field(default_factory=dict)

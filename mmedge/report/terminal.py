@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmedge.report.int8 import device_times, findings, fusion, verdicts, waiting
+from mmedge.report.int8 import components, device_times, findings, fusion, verdicts, waiting
 from mmedge.report.model import REPORT, Gate, Report, Result, Stage
 from mmedge.report.values import (
     Cell,
@@ -128,7 +128,7 @@ def _int8(report: Report, console: Console) -> None:
         _hanging(console, " ", f"{place}: {verdict}")
         for line in given_back:
             _hanging(console, "   ", f"in floating point: {line}")
-    for line in (*device_times(report), *fusion(report)):
+    for line in (*device_times(report), *fusion(report), *components(report)):
         _hanging(console, " ", line)
     for stage in report.stages:
         if stage.quantization is not None:

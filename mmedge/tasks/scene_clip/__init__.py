@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from mmedge.task import Batch, Metric, Split, Task
+from mmedge.task import Batch, Component, Metric, Split, Task
 from mmedge.tasks.scene_clip import data
 from mmedge.tasks.scenes import IMAGE_SIZE, WORDS
 from mmedge.tasks.shipped import trained_weights
@@ -67,4 +67,8 @@ def task() -> Task:
         loss=loss,
         metric=Metric("recall@1", data.recall_at_1),
         student=student,
+        components=(
+            Component("image", ("image",), ("image_embedding",)),
+            Component("text", ("caption",), ("text_embedding",)),
+        ),
     )

@@ -1,0 +1,132 @@
+"""A network's components as engines of their own: a dual encoder's towers, an encoder and its decoder.
+
+They are cut from the graph of what is shipped, run one after the other as a robot would run them, and compared with
+PyTorch's outputs of the whole network. Device side: neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmedge.artifact import Artifact, Store
+from mmedge.pipeline.engines import place_name
+from mmedge.pipeline.environment import cpu_name
+from mmedge.pipeline.folder import processors
+from mmedge.pipeline.rows import NOT_YET, Timed, timing_json, timings
+from mmedge.profile.accuracy import parity
+from mmedge.progress import Progress
+from mmedge.recipe import ProfileConfig
+from mmedge.report.model import ComponentResult
+from mmedge.targets.base import Target
+from mmedge.tensors import Array, Arrays
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The components of one network on one target.
+
+    Attributes:
+        stage: whose network.
+        target: in the form that built the engines.
+        engines: by component; each says what it reads and makes.
+        expected: PyTorch's outputs of the whole network for the first samples.
+    """
+
+    stage: str
+    target: Target
+    engines: Mapping[str, Artifact]
+    expected: Arrays
+
+    def in_order(self) -> Iterator[tuple[str, Artifact]]:
+        """The engines, each after those whose outputs it reads."""
+        waiting = dict(self.engines)
+        while waiting:
+            made = {output: name for name, engine in waiting.items() for output in engine.about["outputs"]}
+            ready = [name for name, engine in waiting.items() if {made.get(i, name) for i in reads(engine)} == {name}]
+            for name in ready or list(waiting):  # none is ready: two read each other, and running them will say so
+                yield name, waiting.pop(name)
+
+
+def reads(engine: Artifact) -> list[str]:
+    """The names of an engine's inputs."""
+    return [spec["name"] for spec in engine.about["inputs"]]
+
+
+@dataclass
+class Bench:
+    """Where components are measured.
+
+    Attributes:
+        store: keeps timings.
+        profile: how to time.
+        samples: inputs of the whole network.
+        progress: for the user.
+        why_not: why engines of this target cannot run here, None where they can.
+    """
+
+    store: Store
+    profile: ProfileConfig
+    samples: Arrays
+    progress: Progress
+    why_not: str | None
+
+    def results(self, first: Parts, last: Parts) -> tuple[list[ComponentResult], list[ComponentResult]]:
+        """The components of the baseline and of the last network of a run, measured side by side."""
+        if self.why_not is not None:
+            return self._rows(first, {}, {}), self._rows(last, {}, {})
+        values, same = self._run(first)
+        same_last = same if last is first else self._run(last)[1]
+        times = self._times(first, last, values)
+        return self._rows(first, same, times), self._rows(last, same_last, times)
+
+    def _run(self, parts: Parts) -> tuple[dict[str, Array], dict[str, dict[str, float]]]:
+        """All values after the components ran one after the other, and each one's agreement with PyTorch."""
+        values: dict[str, Array] = dict(self.samples)
+        found = {}
+        for name, engine in parts.in_order():
+            with parts.target.runner(engine.path, processors()) as run:
+                answers = run({key: values[key] for key in reads(engine)})
+            values |= answers
+            found[name] = parity({key: parts.expected[key] for key in engine.about["outputs"]}, answers)
+        return values, found
+
+    def _times(self, first: Parts, last: Parts, values: Mapping[str, Array]) -> dict[str, Any]:
+        """By component and stage: see ``timings``."""
+        sides = [first] if last.stage == first.stage else [first, last]
+        inputs = {
+            "engines": [{name: engine.digest for name, engine in side.engines.items()} for side in sides],
+            "profile": self.profile.model_dump(include={"threads", "queries", "budget_s"}),
+            "cpu": cpu_name(),
+        }
+
+        def measure() -> dict[str, Any]:
+            return {name: self._time(name, sides, values) for name in first.engines}
+
+        return self.store.values(place_name(f"timing-{last.target.name}-components"), inputs, measure)
+
+    def _time(self, name: str, sides: Sequence[Parts], values: Mapping[str, Array]) -> dict[str, Any]:
+        target = sides[0].target.name
+        self.progress.say(f"timing {name} alone on {target}")
+        timed = [Timed(side.stage, side.engines[name], None if side is sides[0] else sides[0].stage) for side in sides]
+        samples = {key: values[key] for key in reads(sides[0].engines[name])}
+        return timings(target, timed, samples, self.profile, self.progress)
+
+    def _rows(self, parts: Parts, same: Mapping[str, Any], times: Mapping[str, Any]) -> list[ComponentResult]:
+        rows = []
+        for name, engine in parts.in_order():
+            reasons = {} if name in same else {"parity": self.why_not or NOT_YET}
+            timing = timing_json(times.get(name, {}).get(parts.stage), self.why_not, reasons)
+            fields = {key: timing[key] for key in ("latency_ms", "speedup", "peak_memory_mib")}
+            rows.append(
+                ComponentResult(
+                    name=name,
+                    artifact=f"artifacts/{engine.path.name}",
+                    size_bytes=engine.size_bytes(),
+                    parity=same.get(name),
+                    reasons=reasons,
+                    **fields,
+                )
+            )
+        return rows
