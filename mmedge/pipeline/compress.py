@@ -17,7 +17,7 @@ from mmedge.pipeline.check import check_model, check_splits, digest_of_task
 from mmedge.pipeline.device import judged, with_devices
 from mmedge.pipeline.environment import environment
 from mmedge.pipeline.folder import RunFolder, default_folder, identity_of, open_run, processors
-from mmedge.pipeline.judge import Judge
+from mmedge.pipeline.judge import Judge, Stopwatch
 from mmedge.pipeline.line import Line, Step
 from mmedge.pipeline.measure import Measurements
 from mmedge.progress import Progress
@@ -158,8 +158,11 @@ class _Run:
         runnable = [target for target in onnx if target.cannot_run() is None]
         others = [target for target in onnx if target not in runnable[:1]]
         judge = Judge(task, runnable[0], others, job.recipe.profile.threads, progress) if runnable else None
+        ready = {target.name: target for target in runnable}
+        elsewhere = [use.target.name for use in uses if use.target.name not in ready]
+        watch = Stopwatch(task, ready, elsewhere, job.recipe.profile.threads, progress)
         batch = job.recipe.export.batch.model_dump()
-        self.line = Line(task, digest, store, job.seed, progress, batch, judge)
+        self.line = Line(task, digest, store, job.seed, progress, batch, judge, watch)
         self.measured = Measurements(self.line, job.recipe.profile, job.recipe.twin)
         self.environment = environment()
         self.steps: list[Step] = []

@@ -1,18 +1,24 @@
-"""Judging a network while a stage is still looking for the best one: by a real engine, on the calibration split."""
+"""Judging and timing networks while a stage looks for the best one: by real engines, on the calibration split."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from torch import nn
+
+from mmedge.errors import StageError
 from mmedge.lower.export import onnx_of, write
 from mmedge.lower.shape import shape_for
 from mmedge.pipeline.folder import processors
 from mmedge.profile.accuracy import Accuracy, run_split
-from mmedge.profile.latency import EngineRef, interleaved
+from mmedge.profile.latency import EngineRef, Series, interleaved
 from mmedge.profile.statistics import Speedup
 from mmedge.progress import Progress
 from mmedge.stages.base import Judgement, Network
@@ -22,6 +28,9 @@ from mmedge.tensors import Array
 
 QUERIES = 100
 BUDGET_S = 10.0
+TIMED_QUERIES = 300
+TIMED_BUDGET_S = 30.0
+AT_ONCE = 8  # engines in one interleaved run
 
 
 @dataclass
@@ -75,13 +84,9 @@ class Judge:
             for number, other in enumerate(self.others):
                 elsewhere = Path(name, str(number))
                 elsewhere.mkdir()
-                self._build(other, source, elsewhere)
-            self._build(self.target, source, folder)
+                _build(other, source, elsewhere)
+            _build(self.target, source, folder)
             yield folder
-
-    def _build(self, target: Target, source: Path, folder: Path) -> None:
-        shape_for(source / "portable.onnx", target.lowering, source / "model.onnx")
-        target.build(source / "model.onnx", folder)
 
     def _value(self, folder: Path) -> float:
         with self.target.runner(folder, processors()) as run:
@@ -89,5 +94,106 @@ class Judge:
         return Accuracy.of(answers, self.task).value
 
     def _samples(self) -> Mapping[str, Array]:
-        batch = self.task.example()
-        return {name: array[:16] for name, array in batch.inputs.items()}
+        return _samples(self.task)
+
+
+@dataclass
+class Stopwatch:
+    """Makes clocks: see ``mmedge.stages.base.Clock``.
+
+    Attributes:
+        task: for names and samples.
+        targets: of the run, those that take ONNX and run engines here, by name.
+        elsewhere: the run's other targets.
+        threads: of the engines.
+        progress: for the user.
+    """
+
+    task: Task
+    targets: Mapping[str, Target]
+    elsewhere: Sequence[str]
+    threads: int
+    progress: Progress
+
+    def __call__(self, reference: nn.Module, on: str | None) -> TargetClock:
+        """A clock for ``on``, or for the first target that can run here.
+
+        Raises:
+            StageError: there is no such target in the run, or it cannot run here.
+        """
+        name = on or next(iter(self.targets), None)
+        if name is not None and name in self.targets:
+            return TargetClock(self, self.targets[name], reference)
+        here = ", ".join(self.targets) or "none"
+        why = "runs no engines from ONNX here" if name in (*self.elsewhere, None) else "is no target of this run"
+        raise StageError(
+            f"no latency can be measured: {name or 'no target of this run'} {why}",
+            where="prune.on",
+            fix=f"targets of this run that can be timed here: {here}; or prune for macs instead",
+        )
+
+
+class TargetClock:
+    """Times networks on one target beside a reference network.
+
+    Args:
+        watch: what it was made by.
+        target: what builds and runs engines.
+        reference: built once, timed every time.
+    """
+
+    def __init__(self, watch: Stopwatch, target: Target, reference: nn.Module) -> None:
+        self.watch, self.target = watch, target
+        self.folder = Path(tempfile.mkdtemp(prefix="mmedge-clock-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self._add("reference", reference)
+        self.reference_ms = 0.0
+        self.reference_ms = self._median(self._timed(["reference"])["reference"])
+
+    def __call__(self, modules: Sequence[nn.Module]) -> list[float]:
+        """See ``Clock``."""
+        found: list[float] = []
+        for start in range(0, len(modules), AT_ONCE):
+            names = [str(start + number) for number in range(len(modules[start : start + AT_ONCE]))]
+            with self.watch.progress.bar(f"building {len(modules)} networks to time", len(modules)) as bar:
+                bar.advance(start)
+                for name, module in zip(names, modules[start : start + AT_ONCE], strict=True):
+                    self._add(name, module)
+                    bar.advance(1)
+            series = self._timed(["reference", *names])
+            found += [self.reference_ms / Speedup.of(series["reference"], series[name]).value for name in names]
+            for name in names:
+                shutil.rmtree(self.folder / name)
+        return found
+
+    def _add(self, name: str, module: nn.Module) -> None:
+        source, folder = self.folder / "source", self.folder / name
+        source.mkdir()
+        folder.mkdir()
+        write(onnx_of(Network(module), self.watch.task), source / "portable.onnx")
+        _build(self.target, source, folder)
+        shutil.rmtree(source)
+
+    def _timed(self, names: Sequence[str]) -> Series:
+        engines = [EngineRef(name, self.target.name, str(self.folder / name)) for name in names]
+        return interleaved(
+            engines,
+            _samples(self.watch.task),
+            threads=self.watch.threads,
+            queries=TIMED_QUERIES,
+            budget_s=TIMED_BUDGET_S,
+            progress=self.watch.progress,
+        )
+
+    @staticmethod
+    def _median(nanoseconds: Array) -> float:
+        return float(np.median(nanoseconds)) / 1e6
+
+
+def _build(target: Target, source: Path, folder: Path) -> None:
+    shape_for(source / "portable.onnx", target.lowering, source / "model.onnx")
+    target.build(source / "model.onnx", folder)
+
+
+def _samples(task: Task) -> Mapping[str, Array]:
+    return {name: array[:16] for name, array in task.example().inputs.items()}

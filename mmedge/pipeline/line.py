@@ -21,7 +21,7 @@ from mmedge.lower.cut import cut, specs_of
 from mmedge.lower.export import OPSET, archive_of, onnx_of, write
 from mmedge.pipeline.engines import build_engine, place_name
 from mmedge.pipeline.environment import versions_of
-from mmedge.pipeline.judge import Judge
+from mmedge.pipeline.judge import Judge, Stopwatch
 from mmedge.progress import Progress
 from mmedge.recipe import PlannedStage
 from mmedge.stages.base import Context, Network, Saved, as_tensors, outputs_of
@@ -116,11 +116,12 @@ class Line:
     progress: Progress
     batch: dict[str, int]  # min, opt and max that engines are built for
     judge: Judge | None = None  # None where no target of the run can run engines here
+    stopwatch: Stopwatch | None = None
 
     @cached_property
     def context(self) -> Context:
         """What stages may use."""
-        return Context(self.task, self.task.model, self.seed, self.progress, self._remember, self.judge)
+        return Context(self.task, self.task.model, self.seed, self.progress, self._remember, self.judge, self.stopwatch)
 
     def _remember(
         self, name: str, inputs: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -64,6 +64,27 @@ class Judgement:
     reason: str = ""
 
 
+class Clock(Protocol):
+    """Times networks on a target, always beside the same reference network.
+
+    Attributes:
+        reference_ms: median milliseconds of a query of the reference.
+    """
+
+    reference_ms: float
+
+    def __call__(self, modules: Sequence[nn.Module]) -> list[float]:
+        """Median milliseconds of a query of each network.
+
+        Machines drift, ratios within one interleaved run do not: times are given as if the reference had taken
+        ``reference_ms`` again.
+
+        Raises:
+            TargetError: the target cannot build or run one of them.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Context:
     """What a stage may use.
@@ -77,6 +98,8 @@ class Context:
             what ``compute`` gave the first time for equal ``inputs`` (a JSON value).
         judge: ``judge(parent, network)`` builds engines of both for a target that runs here and compares them; None
             where no target does.
+        stopwatch: ``stopwatch(reference, on)`` gives a clock for the target ``on``, for the run's first one that can
+            run here where that is None; it raises ``StageError`` where there is no such target.
     """
 
     task: Task
@@ -85,6 +108,7 @@ class Context:
     progress: Progress
     remember: Callable[[str, Mapping[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
     judge: Callable[[Network, Network], Judgement] | None = None
+    stopwatch: Callable[[nn.Module, str | None], Clock] | None = None
 
 
 class Stage(ABC):

@@ -17,6 +17,7 @@ from mmedge.stages.pruning.budget import Choice, Spread
 from mmedge.stages.pruning.coupling import Found, groups_of
 from mmedge.stages.pruning.goals import Goal, Subject, choices_of, narrow_to, narrow_to_budget, narrow_widths, totals
 from mmedge.stages.pruning.importance import COMPARABLE, Importance, scores_of
+from mmedge.stages.pruning.latency import narrow_to_latency
 from mmedge.stages.pruning.narrowing import Plan, apply
 from mmedge.stages.pruning.soundness import Soundness, differs, guarded
 from mmedge.stages.structure import (
@@ -33,7 +34,7 @@ from mmedge.stages.structure import (
 from mmedge.stages.training import Training, distil
 
 Protected = set[nn.Module]
-GOALS = ("width", "macs", "parameters", "widths")
+GOALS = ("width", "macs", "parameters", "latency_ms", "speedup", "widths")
 
 
 class Prune(Stage):
@@ -47,13 +48,18 @@ class Prune(Stage):
     name = "prune"
 
     class Config(StageConfig):
-        """Settings of ``prune``. One of ``width``, ``macs``, ``parameters`` and ``widths`` says how narrow it gets.
+        """Settings of ``prune``. One of ``width``, ``macs``, ``parameters``, ``latency_ms``, ``speedup`` and ``widths``
+        says how narrow it gets.
 
         Attributes:
             width: fraction of channels, hidden units and attention heads that stays.
             macs: fraction of the multiply-accumulates that stays (with ``depth``: of those before blocks are dropped);
                 which widths shrink is searched for.
             parameters: the same for parameters.
+            latency_ms: median milliseconds of a query that the result may take on a target, in floating point; widths
+                are searched for with a table of latencies measured there.
+            speedup: the same as a ratio: how many times faster than the network that comes into this stage.
+            on: the target of ``latency_ms`` and ``speedup``; by default the run's first one that can run here.
             widths: groups to the widths that they get, and no others: what a search outside found (``Prune.choices``
                 lists groups and widths).
             towers: module paths to the fraction that stays of them, in place of the one for the rest of the network
@@ -75,6 +81,9 @@ class Prune(Stage):
         width: float = Field(0.5, gt=0, le=1)
         macs: float | None = Field(None, gt=0, lt=1)
         parameters: float | None = Field(None, gt=0, lt=1)
+        latency_ms: float | None = Field(None, gt=0)
+        speedup: float | None = Field(None, gt=1)
+        on: str | None = None
         widths: dict[str, int] = Field(default_factory=dict)
         towers: dict[str, float] = Field(default_factory=dict)
         spread: Spread = "importance"
@@ -96,6 +105,11 @@ class Prune(Stage):
                 raise ValueError(f"towers are fractions above 0, at most 1, not {', '.join(wrong)}")
             if self.widths and (self.towers or self.steps > 1):
                 raise ValueError("widths go with neither towers nor steps: they say all there is to say")
+            timed = self.latency_ms is not None or self.speedup is not None
+            if timed and self.towers:
+                raise ValueError("towers have budgets of width, macs or parameters: a latency is the whole network's")
+            if self.on is not None and not timed:
+                raise ValueError("on names the target of latency_ms or speedup: give one of the two")
             return self
 
         @property
@@ -106,6 +120,8 @@ class Prune(Stage):
                 return Goal("macs", self.macs, *common)
             if self.parameters is not None:
                 return Goal("parameters", self.parameters, *common)
+            if self.latency_ms is not None or self.speedup is not None:
+                return Goal("latency", 1.0, *common)  # a fraction of what, is known when it was timed
             return Goal("width", self.width, *common)
 
     def run(self, network: Network, context: Context) -> Saved:
@@ -132,6 +148,7 @@ class Prune(Stage):
             "rounded_to": work.plan.rounded_to,
             "left_alone": work.plan.left_alone,
             "rolled_back": work.rolled_back,
+            "latency": work.latency,
             "before": count(network.module, work.inputs, context.task.outputs),
             "after": count(work.module, work.inputs, context.task.outputs),
         }
@@ -185,16 +202,21 @@ class _Work:
         self.config, self.context = config, context
         self.inputs = {name: value[:2] for name, value in as_tensors(context.task.example().inputs).items()}
         self.whole = copy.deepcopy(module)
-        self.narrows = bool(config.widths) or config.goal.fraction < 1 or min(config.towers.values(), default=1.0) < 1
+        self.goal = config.goal
+        timed = self.goal.quantity == "latency"
+        fractions = (self.goal.fraction, *config.towers.values())
+        self.narrows = bool(config.widths) or timed or min(fractions) < 1
+        self.pace = _Pace(config, module, context) if timed else None
+        self.latency: dict[str, Any] | None = None
         self.baked = bake(self.whole) if self.narrows else []
         self.module = _sharing_tensors(self.whole)
-        self.goal = config.goal.checked(self.module)
+        self.goal = self.goal.checked(self.module)
         self.depth: dict[str, list[int]] = {}
         self.widths: dict[str, list[int]] = {}
         self.plan = Plan()
         self.rolled_back: dict[str, str] = {}
         self.before: dict[str, int] = {}
-        if self.goal.quantity != "width":
+        if self.goal.quantity in ("macs", "parameters"):
             self.before = totals(self.whole, self.goal.quantity, self.goal.towers, self.inputs)
         _protected(self.module, config.keep)
 
@@ -237,6 +259,8 @@ class _Work:
         subject, goal = self.subject(), self.goal.at(step, self.config.steps)
         if self.config.widths:
             plan = narrow_to(subject, self.config.widths)
+        elif self.pace is not None:
+            plan, self.latency = self.pace.narrow(subject, goal, step)
         elif goal.quantity == "width":
             plan = narrow_widths(subject, goal, {name: first for name, (first, _) in self.widths.items()})
         else:
@@ -247,6 +271,40 @@ class _Work:
         self.rolled_back |= plan.rolled_back
         # From here on the narrower network is the one whose gradients count.
         self.module = self.whole = apply(self.module, plan)
+
+
+class _Pace:
+    """A latency to reach, and the clock that says whether it is.
+
+    Args:
+        config: says the latency.
+        module: the network that comes into the stage.
+        context: gives the clock.
+
+    Raises:
+        StageError: no latency can be measured, or the network is that fast already.
+    """
+
+    def __init__(self, config: Prune.Config, module: nn.Module, context: Context) -> None:
+        if context.stopwatch is None:
+            raise StageError("there is no target to time networks on", where="prune", fix="prune for macs instead")
+        self.steps, self.say = config.steps, context.progress.say
+        self.clock = context.stopwatch(module, config.on)
+        self.before = self.clock.reference_ms
+        self.wanted = config.latency_ms if config.latency_ms is not None else self.before / (config.speedup or 1)
+        if self.wanted >= self.before:
+            raise StageError(
+                f"a query takes {self.before:.3f} ms, no more than the {self.wanted:.3f} ms that are wanted",
+                where="prune.latency_ms",
+                fix="ask for less, or leave this stage out",
+            )
+
+    def narrow(self, subject: Subject, goal: Goal, step: int) -> tuple[Plan, dict[str, Any]]:
+        """The plan that meets the latency of ``step``, and what is kept of the measurements (JSON)."""
+        wanted = self.before * (self.wanted / self.before) ** (step / self.steps)
+        reached = narrow_to_latency(subject, goal, wanted, self.clock, self.say)
+        facts = {"wanted_ms": wanted, "before_ms": self.before, "after_ms": reached.after}
+        return reached.plan, {**facts, "table": reached.table.as_json()}
 
 
 def _sharing_tensors(module: nn.Module) -> nn.Module:

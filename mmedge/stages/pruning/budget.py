@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -105,7 +105,11 @@ class Costs:
         return sum(self._left(tensor, widths) for tensor in self.module.get_submodule(tower).parameters())
 
     def _macs(self, widths: Widths, tower: str) -> float:
-        return sum(macs * self._fraction(path, widths) for path, macs in self.macs.items() if within(path, tower))
+        return sum(self.macs_of(path, widths) for path in self.macs if within(path, tower))
+
+    def macs_of(self, path: str, widths: Widths) -> float:
+        """Multiply-accumulates that the module at ``path`` does itself."""
+        return self.macs[path] * self._fraction(path, widths)
 
     def _fraction(self, path: str, widths: Widths) -> float:
         if tensors := self.tensors[path]:
@@ -193,6 +197,29 @@ def _given_back(choices: Sequence[Choice], widths: dict[str, int], cost: Cost, b
         wider = (size for size in reversed(choice.sizes) if size >= widths[key])
         widths[key] = next((size for size in wider if cost({**widths, key: size}) <= budget), widths[key])
     return widths
+
+
+def nearer(choices: Sequence[Choice], widths: Widths, cost: Cost, budget: float) -> dict[str, int]:
+    """Widths that cost more than ``widths``, though no more than ``budget``, where there are any close by.
+
+    A last step of the search that saves too much is taken back, and the others go on without it.
+    """
+    best = dict(widths)
+    for choice in choices:
+        wider = next((size for size in choice.sizes if size > widths[choice.group.key]), None)
+        if wider is None:
+            continue
+        kept = {choice.group.key: wider}
+        rest = [_at_most(other, widths[other.group.key]) for other in choices if other is not choice]
+        trial = kept | search(rest, cost, budget, "importance", kept)
+        if cost(best) < cost(trial) <= budget:
+            best = trial
+    return best
+
+
+def _at_most(choice: Choice, width: int) -> Choice:
+    count = choice.sizes.index(width) + 1
+    return replace(choice, sizes=choice.sizes[:count], lost=choice.lost[:count])
 
 
 def _step(choice: Choice, widths: Widths, cost: Cost, now: float) -> tuple[float, int] | None:

@@ -32,7 +32,7 @@ class Goal:
         least: the fraction of its width that every group keeps, whatever the budget.
     """
 
-    quantity: Literal["width"] | Quantity
+    quantity: Literal["width", "latency"] | Quantity
     fraction: float
     towers: Mapping[str, float]
     round_to: int
@@ -184,7 +184,7 @@ def narrow_to_budget(subject: Subject, goal: Goal, before: Mapping[str, int]) ->
     Raises:
         StageError: even the narrowest widths cost more.
     """
-    assert goal.quantity != "width"
+    assert goal.quantity in ("macs", "parameters")
     fractions = {**goal.towers, REST: goal.fraction}
     limits = {tower: fraction * before[tower] for tower, fraction in fractions.items() if before[tower]}
     choices, known = choices_of(subject, goal)
@@ -211,7 +211,7 @@ ATTEMPTS = 4  # what code does outside of layers is estimated: a budget missed b
 
 def _search(choices: Iterable[Choice], costs: Costs, goal: Goal, budgets: Mapping[str, float]) -> dict[str, int]:
     """Widths for every tower, twice: what joins the towers belongs to the rest and makes each of them smaller."""
-    assert goal.quantity != "width"
+    assert goal.quantity in ("macs", "parameters")
     quantity = goal.quantity
     parts: dict[str, list[Choice]] = {tower: [] for tower in (*goal.towers, REST)}
     for choice in choices:
