@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-import torch
+from pydantic import Field
 from torch import nn
 from torch.fx import GraphModule
 
 from mmedge.errors import StageError
-from mmedge.stages.base import Context, Network, Saved, Stage, as_tensors, outputs_of
+from mmedge.stages.base import Context, Network, Saved, Stage
+from mmedge.stages.distillation.student import blocks_to_keep, of_task, shallow
 from mmedge.stages.training import Training, distil
 
 
@@ -29,18 +31,23 @@ class Distill(Stage):
 
         Attributes:
             student: ``current`` goes on with the network as it is at this point (after ``prune``: the pruned teacher);
-                ``task`` starts from the task's ``student()``; ``auto`` does that where the task has one.
+                ``shallow`` with that network less some of its repeated blocks; ``task`` starts from the task's
+                ``student()``; ``auto`` does that where the task has one, else ``current``.
+            depth: of ``shallow``, the fraction of repeated blocks that stays.
         """
 
-        student: Literal["auto", "current", "task"] = "auto"
+        student: Literal["auto", "current", "shallow", "task"] = "auto"
+        depth: float = Field(0.5, gt=0, lt=1)
 
     def run(self, network: Network, context: Context) -> Saved:
         """Train a copy of the student and keep its weights."""
         if network.prepared is not None:
             return self._train_quantized(network, network.prepared, context)
-        student = self._student(network, context)
+        kept = blocks_to_keep(network, self.config.depth, context) if self.config.student == "shallow" else {}
+        student = self._student(network, kept, context)
         distil(student, self.config, context, "distill")
-        return Saved({name: tensor.contiguous() for name, tensor in student.state_dict().items()})
+        edits: dict[str, Any] = {"depth": kept} if kept else {}
+        return Saved({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, edits)
 
     def restore(self, network: Network, saved: Saved, context: Context) -> Network:
         """The student with the weights it ended with."""
@@ -49,7 +56,7 @@ class Distill(Stage):
 
             prepared = with_state(network.prepared, saved.tensors)
             return Network(converted(prepared), "qdq", prepared)
-        student = self._student(network, context)
+        student = self._student(network, saved.edits.get("depth", {}), context)
         student.load_state_dict(dict(saved.tensors), strict=True)
         return Network(student.eval(), network.form)
 
@@ -58,9 +65,9 @@ class Distill(Stage):
         from mmedge.stages.quantization.prepared import state_of
         from mmedge.stages.quantization.simulate import simulated, trained
 
-        if self.config.student == "task":
+        if self.config.student in ("task", "shallow"):
             raise StageError(
-                "student: task, but the network is quantized already",
+                f"student: {self.config.student}, but the network is quantized already",
                 where=f"task {context.task.name}: distill",
                 fix="put this stage before quantize, or use student: current",
             )
@@ -68,24 +75,11 @@ class Distill(Stage):
         distil(graph, self.config, context, "distill (quantization-aware)")
         return Saved(state_of(trained(prepared, graph)))
 
-    def _student(self, network: Network, context: Context) -> nn.Module:
-        task = context.task
-        if self.config.student == "current" or (self.config.student == "auto" and task.student is None):
-            return copy.deepcopy(network.module)
-        if task.student is None:
-            raise StageError(
-                "student: task, but the task has no student()",
-                where=f"task {task.name}",
-                fix="give Task(student=...) a function that builds the smaller module, or use student: current",
-            )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(context.seed)
-            student = task.student().eval()
-        example = as_tensors(task.example().inputs)
-        with torch.no_grad():
-            ours, theirs = (outputs_of(net, example, task.outputs) for net in (student, context.teacher))
-        for name in task.outputs:
-            if ours[name].shape != theirs[name].shape:
-                shapes = f"{tuple(ours[name].shape)} and the teacher's {tuple(theirs[name].shape)}"
-                raise StageError(f"the student's output {name} has shape {shapes}", where=f"task {task.name}: student")
-        return student
+    def _student(self, network: Network, depth: Mapping[str, Sequence[int]], context: Context) -> nn.Module:
+        """Where the student begins; ``depth`` are the blocks that a shallow one keeps."""
+        choice = self.config.student
+        if choice == "auto":
+            choice = "current" if context.task.student is None else "task"
+        if choice == "task":
+            return of_task(context)
+        return shallow(network, depth) if choice == "shallow" else copy.deepcopy(network.module)
