@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional as F
@@ -161,6 +162,12 @@ def run(folder: Path, **prune) -> None:
         "profile": {"queries": 64, "health_samples": 16},
     }
     compress(Job(Recipe.model_validate(raw), "latency.yaml", 0, folder, "mmedge compress …"), Progress())
+
+
+@pytest.mark.parametrize("goal", ["speedup: 2.0", "latency_ms: 1.0", "macs: 0.5", "parameters: 0.5", "{}"])
+def test_the_recipe_that_a_run_keeps_is_the_one_that_was_asked_for(goal) -> None:
+    config = Prune.Config.model_validate(yaml.safe_load(goal))
+    assert Prune.Config.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_real_engines_are_built_and_timed_on_the_way(tmp_path) -> None:

@@ -294,7 +294,7 @@ def test_resolved_recipe_round_trip(tmp_path: Path, name: str) -> None:
     file = written(tmp_path, GOOD) if name == "mine" else find_recipe(name)
     kinds = {kind for stage in load_recipe(file).stages for kind in stage}
     changes = ["stages.distill.learning_rate=1e-5"] if "distill" in kinds else []
-    changes += ["stages.prune.width=0.1"] if "prune" in kinds else []
+    changes += ["stages.prune.round_to=8"] if "prune" in kinds else []
     changes.append("name=other")
     recipe = load_recipe(file, changes=changes, targets=["torch"])
     kept = tmp_path / "recipe.yaml"

@@ -34,6 +34,7 @@ from mmedge.stages.structure import (
 from mmedge.stages.training import Training, distil
 
 Protected = set[nn.Module]
+HALF = 0.5  # of the widths stays where no goal is given
 GOALS = ("width", "macs", "parameters", "latency_ms", "speedup", "widths")
 
 
@@ -52,7 +53,7 @@ class Prune(Stage):
         says how narrow it gets.
 
         Attributes:
-            width: fraction of channels, hidden units and attention heads that stays.
+            width: fraction of channels, hidden units and attention heads that stays; 0.5 where no goal is given.
             macs: fraction of the multiply-accumulates that stays (with ``depth``: of those before blocks are dropped);
                 which widths shrink is searched for.
             parameters: the same for parameters.
@@ -78,7 +79,7 @@ class Prune(Stage):
             recover: train the result of each step under the teacher; None leaves that to a later ``distill``.
         """
 
-        width: float = Field(0.5, gt=0, le=1)
+        width: float | None = Field(None, gt=0, le=1)
         macs: float | None = Field(None, gt=0, lt=1)
         parameters: float | None = Field(None, gt=0, lt=1)
         latency_ms: float | None = Field(None, gt=0)
@@ -98,7 +99,7 @@ class Prune(Stage):
 
         @model_validator(mode="after")
         def _one_goal(self) -> Prune.Config:
-            given = [name for name in GOALS if name in self.model_fields_set and getattr(self, name) not in (None, {})]
+            given = [name for name in GOALS if getattr(self, name) not in (None, {})]
             if len(given) > 1:
                 raise ValueError(f"{' and '.join(given)} are two goals: give one of {', '.join(GOALS)}")
             if wrong := [f"{path}: {value}" for path, value in self.towers.items() if not 0 < value <= 1]:
@@ -122,7 +123,7 @@ class Prune(Stage):
                 return Goal("parameters", self.parameters, *common)
             if self.latency_ms is not None or self.speedup is not None:
                 return Goal("latency", 1.0, *common)  # a fraction of what, is known when it was timed
-            return Goal("width", self.width, *common)
+            return Goal("width", HALF if self.width is None else self.width, *common)
 
     def run(self, network: Network, context: Context) -> Saved:
         """Prune a copy of the network.
@@ -185,8 +186,8 @@ class Prune(Stage):
         return StageError(
             f"nothing could be pruned ({listed or 'no layer is wide enough'})",
             where="prune",
-            fix=f"lower width ({self.config.width}), depth ({self.config.depth}) or round_to ({self.config.round_to}), "
-            "or shorten keep",
+            fix=f"ask for less width, macs or parameters, lower depth ({self.config.depth}) or round_to "
+            f"({self.config.round_to}), or shorten keep",
         )
 
 
