@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from blocks import CnnTransformer, Fusion, Tied
 from families import assert_exports, context_of, lively, prune, run_on, task_of
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -85,28 +86,6 @@ def test_restored_module_is_bit_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(again.tensors[name], value) for name, value in saved.tensors.items())
 
 
-class CnnTransformer(nn.Module):
-    """A convolution into PyTorch's own encoder, and a second input that is flattened into a Linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 32, 3, padding=1)
-        self.small = nn.Conv2d(1, 16, 3, padding=1)
-        self.flat = nn.Linear(16 * 16, 64)
-        self.patch = nn.Conv2d(32, 64, 4, 4)
-        self.class_token = nn.Parameter(torch.randn(1, 1, 64))
-        self.register_buffer("position", torch.randn(1, 5, 64), persistent=False)
-        layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0)
-        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, image: Tensor, depth: Tensor) -> Tensor:
-        x = self.patch(F.relu(self.conv(image))).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1) + self.position
-        side = self.flat(F.relu(self.small(depth)).flatten(1))
-        return self.head(self.encoder(x)[:, 0] + side)
-
-
 def test_pytorch_transformer_loses_whole_heads_together_with_its_stream() -> None:
     torch.manual_seed(0)
     task = task_of(CnnTransformer(), {"image": (3, 8, 8), "depth": (1, 4, 4)})
@@ -119,29 +98,6 @@ def test_pytorch_transformer_loses_whole_heads_together_with_its_stream() -> Non
     assert module.get_submodule("flat").in_features == 8 * 16
     assert module.get_buffer("position").shape == (1, 5, 32)
     assert_exports(task, module)
-
-
-class Fusion(nn.Module):
-    """Depthwise and grouped convolutions, GroupNorm over a concatenation, and a recurrent branch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.PReLU(32))
-        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
-        self.two = nn.Conv2d(2, 64, 3, padding=1)
-        self.grouped = nn.Conv2d(64, 64, 3, padding=1, groups=4)
-        self.norm = nn.GroupNorm(6, 96)
-        self.fuse = nn.Conv2d(96, 32, 1)
-        self.embed = nn.Linear(7, 16)
-        self.gru = nn.GRU(16, 24, batch_first=True)
-        self.head = nn.Linear(32 + 24, 10)
-
-    def forward(self, camera: Tensor, lidar: Tensor, speech: Tensor) -> Tensor:
-        one = F.silu(self.depthwise(self.one(camera)))
-        two = torch.sigmoid(self.grouped(F.relu(self.two(lidar))))
-        both = F.relu(self.fuse(self.norm(torch.cat([one, two], 1)))).mean((2, 3))
-        heard = self.gru(self.embed(speech))[0][:, -1]
-        return self.head(torch.cat([both, heard], 1))
 
 
 def test_groups_concatenation_and_a_recurrent_branch() -> None:
@@ -157,27 +113,6 @@ def test_groups_concatenation_and_a_recurrent_branch() -> None:
     assert (gru.input_size, gru.hidden_size, tuple(gru.weight_hh_l0.shape)) == (8, 16, (48, 16))
     assert module.get_submodule("head").in_features == 16 + 16
     assert_exports(task, module)
-
-
-class Tied(nn.Module):
-    """Text with an embedding tied to the layer that scores it, fused queries, and RMS norms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(50, 64)
-        self.norm = nn.RMSNorm(64)
-        self.num_heads = 4
-        self.qkv = nn.Linear(64, 3 * 64, bias=False)
-        self.proj = nn.Linear(64, 64)
-        self.vocabulary = nn.Linear(64, 50, bias=False)
-        self.vocabulary.weight = self.embed.weight
-        self.head = nn.Linear(50, 10)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return self.head(self.vocabulary(x).mean(1))
 
 
 def test_tied_weights_stay_tied() -> None:

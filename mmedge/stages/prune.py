@@ -80,8 +80,8 @@ class Prune(Stage):
         """
 
         width: float | None = Field(None, gt=0, le=1)
-        macs: float | None = Field(None, gt=0, lt=1)
-        parameters: float | None = Field(None, gt=0, lt=1)
+        macs: float | None = Field(None, gt=0, le=1)
+        parameters: float | None = Field(None, gt=0, le=1)
         latency_ms: float | None = Field(None, gt=0)
         speedup: float | None = Field(None, gt=1)
         on: str | None = None

@@ -103,7 +103,7 @@ class _Graph:
         self.layers = {path: child for child, path in self.paths.items()}
         self.tensors = {id(tensor): name for name, tensor in self.module.named_parameters()}
         self.final: set[str] = set()
-        self.ends: set[int] = set()
+        self.ends: dict[int, int] = {}
         self.calls: list[tuple[Any, nn.Module]] = []
         self.graph = self._trace(module, inputs, outputs)
         self.edges = Edges(self.graph, self.calls)
@@ -129,7 +129,7 @@ class _Graph:
             makers = (module for tensor, module in made if id(tensor) in finals)
             self.final = {self.paths[module] for module in makers if module in self.paths}
             results = [result for result in results if result.grad_fn is not None]
-            self.ends = {id(result.grad_fn) for result in results}
+            self.ends = {id(result.grad_fn): result[:1].numel() for result in results}
             # What is computed and then not used must fit as well.
             used = _reached(results)
             return results + [tensor for tensor, _ in reversed(made) if tensor.grad_fn not in used]
@@ -202,8 +202,9 @@ class _Graph:
         for item in traced.items:
             target = item.dependency.target.module
             ends = self._side(item) == "out" and self.paths.get(target) in self.final
-            at_end = id(item.dependency.target.grad_fn) in self.ends and type(target).__name__ == "_OutputOp"
-            if ends or at_end:
+            # A result of fewer numbers is a sum over the channels.
+            at_end = self.ends.get(id(item.dependency.target.grad_fn), 0) >= width
+            if ends or (at_end and type(target).__name__ == "_OutputOp"):
                 raise StageError("an output of the model has its width")
             if isinstance(target, nn.Parameter):
                 slots += self._loose(item)
