@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from keyword import iskeyword
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Module = TypeVar("Module", bound="nn.Module")
 Split = Literal["train", "calibration", "test"]
+# What makes tasks of a specification: by name, as entry points are, because this layer may not import them.
+MAKERS = {"hf": "mmedge.tasks.hf:task"}
 SPLITS: tuple[Split, ...] = ("train", "calibration", "test")
 
 
@@ -101,6 +104,7 @@ class Task:
         metric: what is reported and gated.
         student: builds a smaller module with the same inputs and outputs, for ``distill: {student: task}``.
         components: parts that are also wanted alone, as a dual encoder's towers or an encoder and its decoder are.
+        source: a hash of the code and whatever else results depend on; left empty, that of the task function's file.
     """
 
     name: str
@@ -251,15 +255,19 @@ def load_task(spec: str, entry_points: Mapping[str, Callable[[], Callable[[], An
     """The task behind ``--task``.
 
     Args:
-        spec: the name of an installed task, ``path/to/file.py:function`` or ``package.module:function``.
+        spec: the name of an installed task, ``path/to/file.py:function``, ``package.module:function``, or
+            ``hf:DIRECTORY_OR_ID:option=value,…`` for a model of transformers.
         entry_points: installed tasks by name; each value loads the function.
 
     Raises:
         UsageError: there is no such task.
         TaskError: its code fails or returns something else.
     """
-    if ":" in spec:
-        function = _function_of(spec)
+    maker, _, about = spec.partition(":")
+    if maker in MAKERS:
+        function = partial(function_of(MAKERS[maker]), about)
+    elif ":" in spec:
+        function = function_of(spec)
     elif spec in entry_points:
         function = entry_points[spec]()
     else:
@@ -274,7 +282,8 @@ def load_task(spec: str, entry_points: Mapping[str, Callable[[], Callable[[], An
     if not isinstance(task, Task):
         raise TaskError(f"the task function returned {type(task).__name__}", where=spec, fix="return mmedge.task.Task")
     check_declarations(task, spec)
-    object.__setattr__(task, "source", _source_digest(function))
+    if not task.source:
+        object.__setattr__(task, "source", _source_digest(function))
     return task
 
 
@@ -284,7 +293,13 @@ def unknown_task(spec: str, known: Iterable[str]) -> UsageError:
     return UsageError(problem, fix=f"{fix}; your own: --task path/to/file.py:function")
 
 
-def _function_of(spec: str) -> Callable[[], Any]:
+def function_of(spec: str) -> Callable[..., Any]:
+    """The function that ``path/to/file.py:function`` or ``package.module:function`` names.
+
+    Raises:
+        UsageError: there is no such file, module or function.
+        TaskError: importing it failed.
+    """
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise UsageError(f"{spec!r} names no function", fix="write path/to/file.py:function or package.module:function")
