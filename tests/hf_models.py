@@ -10,12 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
+import pytest
 import torch
-import transformers as tf
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from mmedge.tasks.hf.checkpoint import need_packages, quiet
+
+pytest.importorskip("transformers")
+need_packages()  # quietly, before they are imported below
+
+import datasets  # noqa: E402
+import transformers as tf  # noqa: E402
+from PIL import Image  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220), "white": (240, 240, 240)}
 SIZES = ("small", "large")
@@ -170,13 +177,12 @@ def data(name: str, folder: Path, samples: dict[str, int] | None = None) -> None
         if "label" in found.column_names:
             found = found.cast_column("label", datasets.ClassLabel(names=list(COLOURS)))
         splits[split] = found
-    datasets.DatasetDict(splits).save_to_disk(str(folder))
+    with quiet():
+        datasets.DatasetDict(splits).save_to_disk(str(folder))
 
 
 def made(name: str, folder: Path, samples: dict[str, int] | None = None) -> str:
     """Write model and data of a family, quietly; returns the specification of the task."""
-    from mmedge.tasks.hf.checkpoint import quiet
-
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         MODELS[name](folder / name)
