@@ -264,6 +264,7 @@ def load_task(spec: str, entry_points: Mapping[str, Callable[[], Callable[[], An
         TaskError: its code fails or returns something else.
     """
     maker, _, about = spec.partition(":")
+    function: Callable[..., Any]
     if maker in MAKERS:
         function = partial(function_of(MAKERS[maker]), about)
     elif ":" in spec:

@@ -88,7 +88,7 @@ def _from_loader(spec: str, options: Options) -> Source:
         for found in function(split, seed):
             if limit is not None and limit <= 0:
                 return
-            batch = found if isinstance(found, Batch) else _rows(found, spec)
+            batch: Sequence[Sample] | Batch = found if isinstance(found, Batch) else _rows(found, spec)
             if limit is not None:
                 batch = _shortened(batch, limit)
                 limit -= len(batch)
