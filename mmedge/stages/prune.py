@@ -247,8 +247,10 @@ class _Work:
     def subject(self) -> Subject:
         """The network with what can be narrowed in it."""
         outputs = self.context.task.outputs
-        found = groups_of(self.module, self.inputs, outputs, self.config.heads)
-        found = _without_protected(found, self.module, _protected(self.module, self.config.keep))
+        protected = _protected(self.module, self.config.keep)
+        kept = {path for path, child in self.module.named_modules() if child in protected}
+        found = groups_of(self.module, self.inputs, outputs, self.config.heads, kept)
+        found = _without_protected(found, self.module, protected)
         scores = scores_of(found.groups, self.module, self.whole, self.config.importance, self.context)
         check = Soundness(self.module, self.inputs, self.context.task)
         return Subject(self.module, found, scores, self.inputs, check, self.config.importance in COMPARABLE)

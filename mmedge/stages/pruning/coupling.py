@@ -7,7 +7,7 @@ torch-pruning changes nothing, and the attentions, whose heads it cannot see, co
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from mmedge.stages.pruning.attention import Attention, Heads, Side, attentions_o
 from mmedge.stages.pruning.graph import Edges, Item, Together, walk
 from mmedge.stages.pruning.groups import Group, Part, plain, side_by_side
 from mmedge.stages.pruning.layers import blocks_of, slots_of
-from mmedge.stages.pruning.standins import Seen, SpelledOut, stand_in
+from mmedge.stages.pruning.standins import Seen, SpelledOut, close, stand_in
 from mmedge.stages.pruning.suspects import suspect
 from mmedge.stages.structure import Slot
 from mmedge.stages.trace import quiet
@@ -42,7 +42,11 @@ class Found:
 
 
 def groups_of(
-    module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...], heads: Heads = "whole"
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: tuple[str, ...],
+    heads: Heads = "whole",
+    kept: Collection[str] = (),
 ) -> Found:
     """Every width of ``module`` that layers agree on.
 
@@ -51,11 +55,12 @@ def groups_of(
         inputs: an example.
         outputs: names of the outputs.
         heads: whether attentions lose whole heads or keep all of them, each narrower.
+        kept: paths of modules that keep their outputs. One that cannot be traced keeps its inputs as well.
 
     Raises:
         StageError: the network cannot be traced.
     """
-    graph = _Graph(module, inputs, outputs)
+    graph = _traced(module, inputs, outputs, kept)
     groups: list[Group] = []
     left: dict[str, str] = {}
     claimed: set[str] = set()
@@ -82,6 +87,34 @@ def groups_of(
     return Found(tuple(groups), {**left, **alone, **untied})
 
 
+def _traced(module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...], kept: Collection[str]) -> _Graph:
+    """The graph, with modules in ``kept`` closed where the trace fails at them."""
+    closed: list[str] = []
+    while True:
+        try:
+            return _Graph(module, inputs, outputs, closed)
+        except Untraceable as err:
+            where, reason = suspect(module, inputs, err.error)
+            if where and where in kept and where not in closed:
+                closed.append(where)
+                continue
+            keep = f"add {where} to keep, then it stays as it is with the widths that it reads; or " if where else ""
+            raise StageError(
+                f"torch-pruning cannot follow the model: {reason}",
+                where=where or None,
+                fix=f"{keep}use tensor operations that have gradients in forward(), or prune with width: 1.0 "
+                "and depth only",
+            ) from err.error
+
+
+class Untraceable(Exception):
+    """What the trace of a network raised."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 @dataclass(frozen=True)
 class Traced:
     """What follows from a layer: the places, the channels that go together, and the layers that make the width."""
@@ -95,20 +128,24 @@ class Traced:
 class _Graph:
     """torch-pruning's graph over a copy of the network, read in terms of module paths."""
 
-    def __init__(self, module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]) -> None:
-        self.module = stand_in(_all_trainable(copy.deepcopy(module)))
+    def __init__(
+        self, module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...], closed: Collection[str]
+    ) -> None:
+        self.module = copy.deepcopy(module)
+        self.closed = {path: close(self.module, path) for path in closed}
+        self.module = stand_in(_all_trainable(self.module))
         self.spelled_out = SpelledOut(self.module)
         self.paths = {child: path for path, child in self.module.named_modules()}
         self.paths |= {layer: f"{layer.owner}.{layer.name}".lstrip(".") for layer in self.spelled_out.standing.values()}
         self.layers = {path: child for child, path in self.paths.items()}
         self.tensors = {id(tensor): name for name, tensor in self.module.named_parameters()}
         self.final: set[str] = set()
-        self.ends: dict[int, int] = {}
+        self.ends: dict[int, tuple[int, str]] = {}
         self.calls: list[tuple[Any, nn.Module]] = []
-        self.graph = self._trace(module, inputs, outputs)
+        self.graph = self._trace(inputs, outputs)
         self.edges = Edges(self.graph, self.calls)
 
-    def _trace(self, real: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Any:
+    def _trace(self, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Any:
         import torch_pruning
 
         made: list[tuple[Tensor, nn.Module]] = []
@@ -129,7 +166,10 @@ class _Graph:
             makers = (module for tensor, module in made if id(tensor) in finals)
             self.final = {self.paths[module] for module in makers if module in self.paths}
             results = [result for result in results if result.grad_fn is not None]
-            self.ends = {id(result.grad_fn): result[:1].numel() for result in results}
+            self.ends = {id(result.grad_fn): (result[:1].numel(), "an output of the model") for result in results}
+            for path, closed in self.closed.items():
+                results += closed.read
+                self.ends |= {id(tensor.grad_fn): (tensor.numel(), f"what {path} reads") for tensor in closed.read}
             # What is computed and then not used must fit as well.
             used = _reached(results)
             return results + [tensor for tensor, _ in reversed(made) if tensor.grad_fn not in used]
@@ -141,12 +181,7 @@ class _Graph:
                     network, dict(inputs), forward_fn=forward, verbose=False
                 )
         except Exception as err:
-            where, reason = suspect(real, inputs, err)
-            raise StageError(
-                f"torch-pruning cannot follow the model: {reason}",
-                where=where or None,
-                fix="use tensor operations that have gradients in forward(), or prune with width: 1.0 and depth only",
-            ) from err
+            raise Untraceable(err) from err
 
     def makers(self) -> list[str]:
         """The layers that make a width, in the order of the network."""
@@ -203,9 +238,9 @@ class _Graph:
             target = item.dependency.target.module
             ends = self._side(item) == "out" and self.paths.get(target) in self.final
             # A result of fewer numbers is a sum over the channels.
-            at_end = self.ends.get(id(item.dependency.target.grad_fn), 0) >= width
-            if ends or (at_end and type(target).__name__ == "_OutputOp"):
-                raise StageError("an output of the model has its width")
+            size, what = self.ends.get(id(item.dependency.target.grad_fn), (0, ""))
+            if ends or (size >= width and type(target).__name__ == "_OutputOp"):
+                raise StageError(f"{what or 'an output of the model'} has its width")
             if isinstance(target, nn.Parameter):
                 slots += self._loose(item)
             elif target in self.paths:

@@ -168,13 +168,25 @@ def _gradients(module: nn.Module, context: Context, losses: Callable[..., Losses
         for name, loss in losses(module, inputs, targets, context):
             with reproducible(context.seed), torch.enable_grad():
                 module.zero_grad()
-                value = loss()
+                value = _computed(loss)
                 if not value.isfinite():
                     raise StageError(f"the loss is {float(value)}", where="prune", fix="use importance: magnitude")
                 torch.autograd.backward(value)
             yield name
     for parameter in frozen:
         parameter.requires_grad_(False)
+
+
+def _computed(loss: Callable[[], Tensor]) -> Tensor:
+    try:
+        return loss()
+    except Exception as err:
+        reason = str(err).strip().splitlines() or [""]
+        raise StageError(
+            f"the loss cannot be computed with gradients: {type(err).__name__}: {reason[0]}",
+            where="prune",
+            fix="use importance: magnitude or activation, which need none",
+        ) from err
 
 
 def _loss(module: nn.Module, inputs: Inputs, targets: Tensor, context: Context) -> Losses:

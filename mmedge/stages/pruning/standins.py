@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mmedge.errors import StageError
 from mmedge.stages.pruning.layers import LAYERS
@@ -193,6 +194,34 @@ def stand_in(module: nn.Module) -> nn.Module:
                 owner, _, name = path.rpartition(".")
                 setattr(module.get_submodule(owner), name, other)
     return module
+
+
+class Closed(nn.Module):
+    """In place of a module that is kept and cannot be traced: runs it, and remembers what it read.
+
+    Args:
+        real: the module.
+    """
+
+    def __init__(self, real: nn.Module) -> None:
+        super().__init__()
+        self.run = (real,)  # in a tuple: no part of the network that is traced
+        self.read: list[Tensor] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the real module gives, without gradients."""
+        self.read += [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor) and each.requires_grad]
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        with torch.no_grad():
+            return tree_map_only(Tensor, Tensor.detach, self.run[0](*args, **kwargs))
+
+
+def close(module: nn.Module, path: str) -> Closed:
+    """Put a ``Closed`` in the place of the module at ``path``."""
+    owner, _, name = path.rpartition(".")
+    closed = Closed(module.get_submodule(path))
+    setattr(module.get_submodule(owner), name, closed)
+    return closed
 
 
 class SpelledOut(TorchFunctionMode):
