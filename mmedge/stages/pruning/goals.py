@@ -123,7 +123,7 @@ def narrow_to(subject: Subject, widths: Mapping[str, int]) -> Plan:
                 f"{name} cannot be narrowed: {reason}" if reason else problem, where="prune.widths", fix=fix
             )
         group = groups[name]
-        if width > group.width or width % group.atom:
+        if not 0 < width <= group.width or width % group.atom:
             raise StageError(
                 f"{name} has {group.width} channels and cannot have {width}",
                 where="prune.widths",

@@ -214,9 +214,8 @@ def _distances(module: nn.Module, inputs: Inputs, _: Tensor, context: Context) -
 
 
 def _distance(module: nn.Module, inputs: Inputs, without: Inputs, context: Context) -> Tensor:
-    with torch.no_grad():
-        target = _outputs(module, without, context)
-    found = _outputs(module, inputs, context)
+    # With gradients through both: what both share, the other modalities, cancels out.
+    target, found = _outputs(module, without, context), _outputs(module, inputs, context)
     floats = [name for name, value in found.items() if value.is_floating_point()]
     return torch.stack([(found[name] - target[name]).square().mean() for name in floats]).sum()
 
