@@ -191,9 +191,18 @@ class Store:
         Raises:
             ArtifactError: the files could not be written (no space, no permission).
         """
-        found = self.find(kind, name, inputs)
-        if found is not None:
-            return found
+        found = self.find(kind, name, inputs) or self._make(kind, name, inputs, write, parent)
+        shutil.rmtree(self.scratch(kind, name, inputs), ignore_errors=True)
+        return found
+
+    def _make(
+        self,
+        kind: Kind,
+        name: str,
+        inputs: Mapping[str, Any],
+        write: Callable[[Path], Mapping[str, Any]],
+        parent: Artifact | None,
+    ) -> Artifact:
         path = self._path(kind, name, inputs)
         with writing(path, f"making {name}") as folder:
             about = dict(write(folder))
@@ -212,6 +221,11 @@ class Store:
             )
             write_text(folder / MANIFEST, manifest.model_dump_json(indent=2))
         return Artifact(path, manifest)
+
+    def scratch(self, kind: Kind, name: str, inputs: Mapping[str, Any]) -> Path:
+        """A folder for what must outlive a killed process while an artifact is made; ``make`` removes it in the end."""
+        path = self._path(kind, name, inputs)
+        return path.with_name(f".unfinished-{path.name}")
 
     def set_aside(self, kind: Kind, name: str, inputs: Mapping[str, Any]) -> None:
         """Rename an artifact so that it is made anew; nothing is deleted."""

@@ -31,6 +31,7 @@ LAYERS = (
     ("forecast",),
     ("pipeline", "doctor"),
     ("cli",),
+    ("__main__",),
 )
 # The device's timing process finds the runtimes of its engines by name.
 UPWARD = {("profile.worker", "plugins")}

@@ -117,7 +117,7 @@ def work(out: Path, task: str, settings: dict[str, Any], kept: str | None = None
 
     context = Context(replace(whole, loss=loss), whole.model, 0, shown, remember)
     with mock.patch.object(teacher, "sharded", sharded):
-        distil(student, Training.model_validate(settings), context, "distill", Path(kept) if kept else None)
+        distil(student, Training.model_validate(settings), replace(context, scratch=kept and Path(kept)), "distill")
     torch.set_num_threads(threads)
     rank = os.environ.get("RANK", "0")
     save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, out / f"{rank}.safetensors")
@@ -202,11 +202,16 @@ def children(process: int) -> list[int]:
     return [int(child) for child in listed]
 
 
+def reached_in(kept: Path) -> int:
+    """The step of a training's latest state, 0 where there is none."""
+    return max((int(path.name.split("-")[1]) for path in kept.rglob("step-*")), default=0)
+
+
 def killed_after(steps: int, kept: Path, folder: Path, launcher: list[str], **order: Any) -> None:
     """Starts a training and kills it, with all its processes, when that many steps or more have been kept."""
     with started(folder, launcher, **order, kept=str(kept), pause=0.2) as process:
         end = time.monotonic() + 240
-        while not any(int(path.name.removeprefix("step-")) >= steps for path in kept.glob("step-*")):
+        while not reached_in(kept) >= steps:
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             assert time.monotonic() < end
             time.sleep(0.02)
@@ -225,13 +230,13 @@ def test_a_killed_training_goes_on_at_its_step_and_ends_with_the_same_weights(tm
     kept = tmp_path / "kept"
     for steps in (3, 9) if not launcher else (9,):
         killed_after(steps, kept, tmp_path / "killed", launcher, **order)
-    reached = max(int(path.name.removeprefix("step-")) for path in kept.glob("step-*"))
+    reached = reached_in(kept)
     weights, rest = done(tmp_path / "again", launcher, **order, kept=str(kept))
     if launcher:  # no two processes drop out the same, nor any in two steps
         other = json.loads((tmp_path / "again" / "1.json").read_text())
         assert len({*rest["seeds"], *other["seeds"]}) == 2 * len(rest["seeds"]) > 0
     assert 9 <= reached < 16
-    assert rest["lines"] == [f"distill: goes on at step {reached} of 16"]
+    assert rest["lines"] == [f"distill: resumes at step {reached} of 16"]
     assert rest["losses"] == facts["losses"][reached:]
     assert all(torch.equal(weights[name], whole[name]) for name in whole)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -145,14 +146,16 @@ def test_the_teacher_is_asked_once(small_task, context_of) -> None:
 
     context = context_of(small_task, remember=remember)
     for epochs in (1, 2):
-        taught = ask_teacher(stage_of(epochs=epochs).config, context, Engine("fp32"))
+        config = stage_of(epochs=epochs).config
+        taught = ask_teacher(config, context, Engine(config, "distill"))
     assert len(calls) == 1
     assert taught.features[""].shape == (512, 128)
     first, inputs, _ = next(samples_of(small_task, 0, 512))
     with torch.no_grad():
         expected = small_task.model(**inputs)
     assert torch.allclose(taught.rows(first, len(expected)).outputs["logits"], expected, atol=1e-5)
-    ask_teacher(stage_of(features={"layers": {"eye": "camera"}}).config, context, Engine("fp32"))
+    config = stage_of(features={"layers": {"eye": "camera"}}).config
+    ask_teacher(config, context, Engine(config, "distill"))
     assert len(calls) == 2
 
 
@@ -319,11 +322,11 @@ def test_a_training_that_was_cut_short_ends_with_the_same_weights(
     def train(progress: Progress, folder=None):
         torch.manual_seed(0)
         student = Student().eval()
-        distil(student, config, context_of(task, progress=progress), "distill", folder)
+        distil(student, config, context_of(task, progress=progress, scratch=folder), "distill")
         return student.state_dict()
 
     def resumed(progress: Said) -> list[int]:
-        return [int(line.split()[5]) for line in progress.lines if "goes on at step" in line]
+        return [int(line.split()[4]) for line in progress.lines if "resumes at step" in line]
 
     whole, steps = train(Said()), []
     for cut in (3, 7, 7, 8):
@@ -336,8 +339,8 @@ def test_a_training_that_was_cut_short_ends_with_the_same_weights(
     assert steps + resumed(ended) == [2, 6, 6, 7]  # the step in which it was cut had not been kept
     finished = train(again, tmp_path)
     assert same(finished, whole)
-    (last,) = tmp_path.iterdir()
-    assert resumed(again) == [int(last.name.removeprefix("step-"))]  # nothing is trained again
+    (last,) = tmp_path.glob("*/step-*")
+    assert resumed(again) == [int(last.name.split("-")[1])]  # nothing is trained again
 
 
 def test_a_state_that_is_damaged_or_of_another_training_is_not_used(small_task, context_of, tmp_path) -> None:
@@ -346,18 +349,43 @@ def test_a_state_that_is_damaged_or_of_another_training_is_not_used(small_task, 
     def train(seed: int, folder=None):
         torch.manual_seed(0)
         student = Student().eval()
-        distil(student, config, context_of(task, seed=seed, progress=said), "distill", folder)
+        distil(student, config, context_of(task, seed=seed, progress=said, scratch=folder), "distill")
         return student.state_dict()
 
     train(0, tmp_path)
-    assert same(train(1, tmp_path), train(1))
-    assert "is of another training; kept as .unused-step-000000002" in said.lines.pop()
-    (state,) = tmp_path.glob("step-*/tensors.safetensors")
-    state.write_bytes(state.read_bytes()[:1000])
-    assert same(train(1, tmp_path), train(1))
-    assert "cannot be read" in said.lines.pop()
+    (other,) = tmp_path.glob("*/step-*")
+    assert same(train(1, tmp_path), train(1))  # each has a folder of its own
     assert not said.lines
-    assert len(list(tmp_path.glob(".unused-*"))) == 2
+    (state,) = {*tmp_path.glob("*/step-*")} - {other}
+    shutil.rmtree(state)
+    shutil.copytree(other, state)
+    assert same(train(1, tmp_path), train(1))
+    (line,) = said.lines
+    assert f"{state}: it is of another training; kept as .unused-{state.name}" in line
+    for number, damage in enumerate((_cut, _flip, _empty), 1):
+        said.lines.clear()
+        damage(state)
+        assert same(train(1, tmp_path), train(1))
+        (line,) = said.lines
+        assert "the training cannot be resumed" in line
+        assert "it begins anew" in line
+        assert len(list(tmp_path.glob("*/.unused-*"))) == 1 + number
+
+
+def _cut(state) -> None:
+    tensors = state / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:1000])
+
+
+def _flip(state) -> None:
+    """One bit of one weight, which makes a file that can be read."""
+    found = bytearray((state / "tensors.safetensors").read_bytes())
+    found[-100] ^= 1
+    (state / "tensors.safetensors").write_bytes(found)
+
+
+def _empty(state) -> None:
+    (state / "manifest.json").write_text("{}")
 
 
 def test_saving_takes_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch) -> None:
@@ -384,8 +412,8 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_says_so(tmp_path) -> N
     from mmedge.errors import ArtifactError
 
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="the training cannot be kept"):
-        Checkpoints(tmp_path / "file" / "state", "x", print).save(1, {}, {})
+    with pytest.raises(ArtifactError, match="opening the artifacts failed"):
+        Checkpoints(tmp_path / "file" / "state", "x", print)
 
 
 # --- without a modality

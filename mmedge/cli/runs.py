@@ -38,7 +38,16 @@ def require_workstation() -> None:
     """
     from importlib.util import find_spec
 
-    for package in ("torch", "torchao", "torch_pruning", "onnx", "onnxscript", "onnxruntime", "safetensors"):
+    for package in (
+        "torch",
+        "torchao",
+        "torch_pruning",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "safetensors",
+        "accelerate",
+    ):
         if find_spec(package) is None:
             raise UsageError(needs_extra(package, "compress"))
 
@@ -88,12 +97,16 @@ def compress(
 
     path = find_recipe(recipe_name)
     recipe = load_recipe(path, task=task_spec, targets=targets, changes=changes)
-    progress = progress_for(quiet)
-    progress.say(f"recipe {recipe.name}, task {recipe.task}, targets {', '.join(recipe.targets)}")
-    from mmedge.pipeline.compress import Job
+    from mmedge.pipeline.compress import Job, train_along
     from mmedge.pipeline.compress import compress as run
+    from mmedge.pipeline.team import follows
 
     job = Job(recipe, path.name, seed, output, command_line(), fresh)
+    if follows():
+        train_along(job)
+        return 0
+    progress = progress_for(quiet)
+    progress.say(f"recipe {recipe.name}, task {recipe.task}, targets {', '.join(recipe.targets)}")
     return _show(*run(job, progress), as_json)
 
 

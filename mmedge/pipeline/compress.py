@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,20 +12,22 @@ from typing import Literal
 import torch
 
 from mmedge import plugins
-from mmedge.artifact import Store
+from mmedge.artifact import Store, load_artifact
 from mmedge.errors import TargetError
 from mmedge.pipeline.check import check_model, check_splits, digest_of_task
 from mmedge.pipeline.device import judged, with_devices
 from mmedge.pipeline.environment import environment
 from mmedge.pipeline.folder import RunFolder, default_folder, identity_of, open_run, processors
 from mmedge.pipeline.judge import Judge, Stopwatch
-from mmedge.pipeline.line import Line, Step
+from mmedge.pipeline.line import Line, Step, restored
 from mmedge.pipeline.measure import Measurements
+from mmedge.pipeline.team import Team
 from mmedge.progress import Progress
 from mmedge.recipe import PlannedStage, Recipe, check_modalities, load_recipe, plan, resolved
 from mmedge.report.gates import evaluate_after, verdict
 from mmedge.report.html import write_html
 from mmedge.report.model import Gate, Input, MetricInfo, Report, TaskInfo
+from mmedge.stages.base import Context, Network
 from mmedge.targets.base import Target
 from mmedge.task import Task, load_task
 
@@ -63,18 +66,41 @@ def compress(job: Job, progress: Progress) -> tuple[Report, RunFolder]:
     planned = plan(job.recipe, job.place)
     job = replace(job, recipe=resolved(job.recipe, planned))
     targets = uses_of(job.recipe.targets)
-    torch.set_num_threads(processors())
-    task = load_task(job.recipe.task, plugins.loaders("task"))
-    task.model.eval().requires_grad_(False)
-    check_modalities(job.recipe, task.modalities, job.place)
+    task = _task_of(job)
     folder = RunFolder(job.folder or default_folder(job.recipe, job.seed))
     if job.fresh and (aside := folder.set_aside()):
         progress.say(f"the run that was there is now {aside}")
-    with folder.locked():
+    with folder.locked(), Team(connected=True) as team:
         folder.claim(identity_of(job.recipe, job.seed))
         folder.save_recipe(job.recipe)
         folder.log("start", command=job.command)
-        return _Run(job, folder, planned, targets, task, progress).go(), folder
+        run = _Run(job, folder, planned, targets, task, progress)
+        run.line.team = team
+        return run.go(), folder
+
+
+def train_along(job: Job) -> None:
+    """What every process of a launch but the first does: run the stages that train as well, and keep nothing.
+
+    Raises:
+        MmedgeError: as in the first process, or what that has kept cannot be seen from here.
+    """
+    stages = {planned.name: planned for planned in plan(job.recipe, job.place)}
+    task = _task_of(job)
+    context = Context(task, task.model, job.seed, Progress(), lambda name, inputs, compute: compute())
+    for name, origins in Team(connected=True).summoned():
+        network = Network(task.model)
+        for planned, path in zip(stages.values(), origins, strict=False):
+            network = restored(planned, load_artifact(Path(path)), network, context)
+        stages[name].stage.run(network, context)
+
+
+def _task_of(job: Job) -> Task:
+    torch.set_num_threads(max(1, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    task = load_task(job.recipe.task, plugins.loaders("task"))
+    task.model.eval().requires_grad_(False)
+    check_modalities(job.recipe, task.modalities, job.place)
+    return task
 
 
 def add_target(run: Path, name: str, command: str, progress: Progress) -> tuple[Report, RunFolder]:

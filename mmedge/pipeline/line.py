@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from mmedge.lower.export import OPSET, archive_of, onnx_of, write
 from mmedge.pipeline.engines import build_engine, place_name
 from mmedge.pipeline.environment import versions_of
 from mmedge.pipeline.judge import Judge, Stopwatch
+from mmedge.pipeline.team import Team
 from mmedge.progress import Progress
 from mmedge.recipe import PlannedStage
 from mmedge.stages.base import Context, Network, Saved, as_tensors, outputs_of
@@ -58,10 +59,11 @@ class Step:
         """The network, rebuilt from what was saved; what is measured is always what a later run would load."""
         if self.parent is None or self.planned is None:
             return Network(self.line.task.model)
-        tensors = load_tensors(self.artifact.file("weights.safetensors"))
-        saved = Saved(tensors, self.artifact.about["edits"])
-        restored: Network = self.planned.stage.restore(self.parent.network, saved, self.line.context)
-        return restored
+        return restored(self.planned, self.artifact, self.parent.network, self.line.context)
+
+    def origins(self) -> list[Path]:
+        """The artifacts that lead to this network, in order, without the baseline's."""
+        return [] if self.parent is None else [*self.parent.origins(), self.artifact.path]
 
     @property
     def form(self) -> str:
@@ -117,6 +119,7 @@ class Line:
     batch: dict[str, int]  # min, opt and max that engines are built for
     judge: Judge | None = None  # None where no target of the run can run engines here
     stopwatch: Stopwatch | None = None
+    team: Team = field(default_factory=Team)
 
     @cached_property
     def context(self) -> Context:
@@ -163,7 +166,9 @@ class Line:
         }
 
         def fill(folder: Path) -> dict[str, Any]:
-            saved = stage.run(parent.network, self.context)
+            scratch = self.store.scratch("torch", planned.name, inputs)
+            with self.team.at_hand(planned, parent.origins()) as summon:
+                saved = stage.run(parent.network, replace(self.context, scratch=scratch, summon=summon))
             save_tensors(saved.tensors, folder / "weights.safetensors")
             network = stage.restore(parent.network, saved, self.context)
             facts = self._counted(network.module)
@@ -292,6 +297,13 @@ class Line:
                 if seen >= samples:
                     break
         return {name: torch.cat(values).numpy() for name, values in parts.items()}
+
+
+def restored(planned: PlannedStage, artifact: Artifact, parent: Network, context: Context) -> Network:
+    """The network that a stage made of ``parent``, from its artifact."""
+    tensors = load_tensors(artifact.file("weights.safetensors"))
+    network: Network = planned.stage.restore(parent, Saved(tensors, artifact.about["edits"]), context)
+    return network
 
 
 def float_weights(network: Network) -> dict[str, Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -100,6 +101,10 @@ class Context:
             where no target does.
         stopwatch: ``stopwatch(reference, on)`` gives a clock for the target ``on``, for the run's first one that can
             run here where that is None; it raises ``StageError`` where there is no such target.
+        scratch: a folder for what must outlive a killed process while the stage is at work (it may not exist yet); the
+            pipeline removes it when the stage's result is safe. None keeps nothing.
+        summon: calls the other processes of a launch to run this stage as well; a stage does so before it trains. None
+            where there are no others, or they are here.
     """
 
     task: Task
@@ -109,6 +114,8 @@ class Context:
     remember: Callable[[str, Mapping[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
     judge: Callable[[Network, Network], Judgement] | None = None
     stopwatch: Callable[[nn.Module, str | None], Clock] | None = None
+    scratch: Path | None = None
+    summon: Callable[[], None] | None = None
 
 
 class Stage(ABC):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from torch.fx import GraphModule
 from mmedge.progress import Progress
 from mmedge.stages.base import Context
 from mmedge.stages.distillation.course import Course, Learner
-from mmedge.stages.distillation.engine import autocast, engine_for, reproducible
+from mmedge.stages.distillation.engine import Engine, autocast, reproducible
 from mmedge.stages.distillation.lessons import Lessons
 from mmedge.stages.distillation.settings import Training
 from mmedge.stages.distillation.student import check_fit
@@ -24,26 +23,26 @@ from mmedge.stages.distillation.watch import Wanted, Watch
 __all__ = ["Training", "autocast", "distil", "reproducible"]
 
 
-def distil(
-    student: nn.Module, settings: Training, context: Context, label: str, checkpoint: Path | None = None
-) -> None:
+def distil(student: nn.Module, settings: Training, context: Context, label: str) -> None:
     """Train ``student`` in place; it is in eval mode before and after.
 
-    Started by ``accelerate launch`` or ``torchrun``, all processes call it alike and end with the same student.
+    Started by ``accelerate launch`` or ``torchrun``, all processes call it alike and end with the same student. Where
+    the context has a scratch folder, a training that was killed resumes at the step it had reached, and ends with the
+    same weights.
 
     Args:
         student: called as ``student(**inputs)``.
         settings: how.
         context: task, teacher and seed.
         label: for the user.
-        checkpoint: a folder that outlives the process. A training that was killed goes on from what it finds there, and
-            ends with the same weights; whoever gave the folder removes it when the weights are safe.
 
     Raises:
         StageError: student and teacher do not fit together, a loss cannot be had, or it stopped being a number.
     """
     example = check_fit(student, settings, context)
-    with engine_for(settings, label) as engine:
+    if context.summon is not None:
+        context.summon()
+    with Engine(settings, label) as engine:
         if engine.index:
             context = replace(context, progress=Progress())
         with teaching(settings, context, engine) as answers:
@@ -55,7 +54,7 @@ def distil(
                 context.progress.bar(label, lessons.steps) as bar,
             ):
                 learner = Learner(watch, settings, context.task, example)
-                Course(learner, lessons, engine, label, checkpoint).go(answers, bar)
+                Course(learner, lessons, engine, label).go(answers, bar)
 
 
 @contextmanager

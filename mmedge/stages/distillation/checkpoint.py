@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -15,51 +14,44 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmedge.artifact import digest_of, writing
+from mmedge.artifact import Store, digest_of, load_artifact
 from mmedge.errors import ArtifactError
 
 SHARE = 0.05  # of the time that may go into saving
+TENSORS = "tensors.safetensors"
 
 
 class Checkpoints:
-    """The latest state of one training, in a folder of its own.
-
-    A state is complete or not there: it is written beside the one before and renamed into place.
+    """The latest state of one training: an artifact, so it is whole and undamaged or not taken.
 
     Args:
-        folder: survives the process; None keeps nothing.
-        origin: what the training began with; a state of another one is not taken.
-        warn: told when a state cannot be used.
-        writes: False on a process that only reads.
+        scratch: survives the process; None keeps nothing.
+        origin: what the training began with; every origin has a folder of its own within ``scratch``.
+        say: told when a state cannot be used.
     """
 
-    def __init__(self, folder: Path | None, origin: str, warn: Callable[[str], None], writes: bool = True) -> None:
-        self.folder, self.origin, self.warn, self.writes = folder, origin, warn, writes
+    def __init__(self, scratch: Path | None, origin: str, say: Callable[[str], None]) -> None:
+        self.origin, self.say = origin, say
+        self.store = None if scratch is None else Store(scratch / origin[:12], "", say)
         self.cost, self.saved = 0.0, time.monotonic()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The latest state, None where there is none that can be used; others are set aside."""
         for place in reversed(self._states()):
             try:
-                facts = json.loads((place / "state.json").read_text())
-                tensors = load_file(place / "tensors.safetensors")
-            except (OSError, ValueError, SafetensorError) as err:
-                self._set_aside(place, f"cannot be read: {err}")
-                continue
-            if facts["origin"] == self.origin:
-                return tensors, facts
-            self._set_aside(place, "is of another training")
+                kept = load_artifact(place)
+                if kept.manifest.inputs != {"origin": self.origin}:
+                    raise ArtifactError("it is of another training", where=str(place))
+                return load_file(kept.file(TENSORS)), kept.about
+            except ArtifactError as err:
+                aside = place.with_name(f".unused-{place.name}-{time.time_ns()}")
+                place.rename(aside)
+                self.say(f"the training cannot be resumed: {err}; kept as {aside.name}, it begins anew")
         return None
-
-    def _set_aside(self, place: Path, reason: str) -> None:
-        if self.writes:
-            aside = place.with_name(f".unused-{place.name}-{time.time_ns()}")
-            place.rename(aside)
-            self.warn(f"the training state {place} {reason}; kept as {aside.name}, training begins anew")
 
     def due(self) -> bool:
         """Whether to save now: at most a twentieth of the time goes into it."""
-        return self.folder is not None and self.writes and time.monotonic() - self.saved >= self.cost * (1 / SHARE - 1)
+        return self.store is not None and time.monotonic() - self.saved >= self.cost * (1 / SHARE - 1)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Keep the state after ``step`` steps in place of those before.
@@ -67,32 +59,26 @@ class Checkpoints:
         Raises:
             ArtifactError: the disk is full or the folder cannot be written.
         """
-        if self.folder is None or not self.writes:
+        if self.store is None:
             return
-        began = time.monotonic()
-        _make(self.folder)
-        before = self._states()
-        place = self.folder / f"step-{step:09d}"
-        with writing(place, "keeping the state of the training") as folder:
-            save_file({name: _own(tensor) for name, tensor in tensors.items()}, folder / "tensors.safetensors")
-            (folder / "state.json").write_text(json.dumps({"origin": self.origin, **facts}))
+
+        def write(folder: Path) -> Mapping[str, Any]:
+            try:
+                save_file({name: _own(tensor) for name, tensor in tensors.items()}, folder / TENSORS)
+            except SafetensorError as err:
+                fix = "free some space or choose another --output, then run the same command: it resumes"
+                raise ArtifactError(f"the training cannot be kept: {err}", where=str(folder.parent), fix=fix) from err
+            return facts
+
+        began, before = time.monotonic(), self._states()
+        self.store.make("cache", f"step-{step:09d}", {"origin": self.origin}, write)
         for old in before:
             shutil.rmtree(old)
         self.saved = time.monotonic()
         self.cost = self.saved - began
 
     def _states(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*")) if self.folder is not None else []
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".making-*"):  # of a process that was killed
-            shutil.rmtree(leftover)
-    except OSError as err:
-        fix = "free some space or choose another --output, then run the same command: it resumes"
-        raise ArtifactError(f"the training cannot be kept: {err}", where=str(folder), fix=fix) from err
+        return sorted(self.store.root.glob("step-*")) if self.store is not None else []
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,12 +84,12 @@ class Best:
 class Course:
     """One training, from its first step or from the step that an earlier process had reached."""
 
-    def __init__(self, learner: Learner, lessons: Lessons, engine: Engine, label: str, checkpoint: Path | None) -> None:
+    def __init__(self, learner: Learner, lessons: Lessons, engine: Engine, label: str) -> None:
         self.learner, self.lessons, self.engine, self.label = learner, lessons, engine, label
         self.settings, self.context, self.task = lessons.settings, lessons.context, lessons.context.task
         self.best: Best | None = None
-        origin = self._origin() if checkpoint is not None else ""
-        self.kept = Checkpoints(checkpoint, origin, self.context.progress.say, writes=engine.index == 0)
+        scratch = self.context.scratch if engine.index == 0 else None
+        self.kept = Checkpoints(scratch, self._origin() if scratch is not None else "", self.context.progress.say)
         self.module = engine.prepare(learner)
         self.parameters = list(learner.parameters())
         rate, steps = self.settings.learning_rate, max(lessons.steps, 2)
@@ -214,7 +213,7 @@ class Course:
 
     def _resume(self, lessons: Iterator[list[Lesson]]) -> int:
         """Put everything back as an earlier process left it, the lessons included; the number of steps done."""
-        state = self.kept.load()
+        state = self.engine.told(self.kept.load())
         if state is None:
             return 0
         tensors, facts = state
@@ -230,7 +229,7 @@ class Course:
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.engine.device)
-        self.context.progress.say(f"{self.label}: goes on at step {step} of {self.lessons.steps}")
+        self.context.progress.say(f"{self.label}: resumes at step {step} of {self.lessons.steps}")
         return step
 
 

@@ -1,4 +1,4 @@
-"""Where a training runs: on this process alone, or by Hugging Face Accelerate on whatever it was launched on.
+"""Where a training runs, by Hugging Face Accelerate: this process on the processor, or what a launcher started.
 
 Several processes share every batch: each takes some of its rows, and what they make of them is brought together before
 the losses are computed. So each loss is that of the whole batch, also where samples are compared with one another, and
@@ -11,6 +11,7 @@ import atexit
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -24,36 +25,57 @@ from mmedge.stages.distillation.settings import Tracking, Training
 Choice = Literal["auto", "fp32", "bf16", "fp16"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Named = Mapping[str, Tensor]
+CPU = torch.device("cpu")
 
 
 class Engine:
-    """One process on the processor.
+    """What the processes of a training do together.
+
+    On one process nothing is shared, and the numbers are those of the plain loop. Several processes on CPUs were run
+    (gloo); GPUs and Weights & Biases are written to the documentation and were not.
 
     Attributes:
         count: number of processes.
         index: of this one; the first writes and speaks.
         device: that modules and batches must be on.
         precision: that calls of the module run in.
+
+    Raises:
+        StageError: a package is missing, or what the settings ask for is not to be had here.
     """
 
-    count, index = 1, 0
-    device = torch.device("cpu")
+    def __init__(self, settings: Training, label: str) -> None:
+        self.accelerator = _accelerator(settings.track, label)
+        self.count, self.index = self.accelerator.num_processes, self.accelerator.process_index
+        self.device = self.accelerator.device
+        self.precision = precision(settings.precision, self.device)
+        self._check(settings, label)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        if settings.track is not None:
+            self.accelerator.init_trackers(label, init_kwargs={"wandb": {"dir": settings.track.folder}})
 
-    def __init__(self, choice: Choice) -> None:
-        self.precision = precision(choice, self.device)
+    def _check(self, settings: Training, label: str) -> None:
         if self.precision == "fp16" and self.device.type == "cpu":
             raise StageError(
                 "precision: fp16 needs a GPU",
-                where="distill",
-                fix="use auto, bf16 or fp32; or start on a GPU machine with: accelerate launch -m mmedge.cli.main …",
+                where=label,
+                fix="use auto, bf16 or fp32; or start on a GPU machine with: accelerate launch -m mmedge …",
             )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        if settings.shard_teacher and self.count == 1:
+            raise StageError(
+                "shard_teacher: there is one process, nothing to spread the teacher over",
+                where=label,
+                fix="start with: torchrun --nproc-per-node 2 -m mmedge …; or leave shard_teacher out",
+            )
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Let go of what was held."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.free_memory()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision for what runs within."""
@@ -61,23 +83,37 @@ class Engine:
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """The module, on the device and ready to be trained by all processes."""
-        return module
+        prepared: nn.Module = self.accelerator.prepare(module)
+        return prepared
 
     def share(self, tensors: Named) -> dict[str, Tensor]:
         """This process's rows of a batch, on its device."""
-        return dict(tensors)
+        count = len(next(iter(tensors.values())))
+        each = -(-count // self.count)
+        # The last rows are given twice where they do not divide; ``whole`` drops them again.
+        rows = torch.arange(self.index * each, (self.index + 1) * each).clamp(max=count - 1)
+        return {name: (tensor[rows] if self.count > 1 else tensor).to(self.device) for name, tensor in tensors.items()}
 
     def whole(self, tensors: Named, count: int) -> dict[str, Tensor]:
         """The rows of all processes brought together: a batch of ``count`` samples again."""
-        return dict(tensors)
+        if self.count == 1:
+            return dict(tensors)
+        found = {}
+        for name, own in tensors.items():
+            parts = list(self.accelerator.gather(own.detach().contiguous()).chunk(self.count))
+            parts[self.index] = own  # with its gradient
+            found[name] = torch.cat(parts)[:count]
+        return found
 
     def alone(self, module: nn.Module) -> AbstractContextManager[Any]:
         """Within, gradients are only added up: no process waits for the others."""
-        return nullcontext()
+        found: AbstractContextManager[Any] = self.accelerator.no_sync(module)
+        return found
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of the whole batch's loss."""
-        self.scaler.scale(loss).backward()
+        # Every process has the gradient that runs through its own rows. Their sum is wanted, DDP gives their mean.
+        self.scaler.scale(loss * self.count if self.count > 1 else loss).backward()
 
     def step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
         """One step along the gradients, scaled down to a norm."""
@@ -88,105 +124,24 @@ class Engine:
 
     def draw(self, seed: int, step: int) -> None:
         """Before a step: the random state, where processes must draw differently."""
-
-    def told(self, value: Any) -> Any:
-        """The first process's ``value``, on every process."""
-        return value
-
-    def settle(self, module: nn.Module) -> None:
-        """After training: the module on the processor again, and the same on every process."""
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Show values where the settings say."""
-
-
-class Accelerated(Engine):
-    """Accelerate: any number of processes, on GPUs where there are some, with trackers.
-
-    Processes on CPUs were run (gloo); GPUs and Weights & Biases are written to the documentation and were not.
-
-    Raises:
-        StageError: a package is missing.
-    """
-
-    def __init__(self, settings: Training, label: str) -> None:
-        if find_spec("accelerate") is None:
-            raise StageError(needs_extra("accelerate", "compress"), where=label)
-        self.accelerator = _accelerator(settings.track)
-        self.count, self.index = self.accelerator.num_processes, self.accelerator.process_index
-        self.device = self.accelerator.device
-        super().__init__(settings.precision)
-        if settings.track is not None:
-            self.accelerator.init_trackers(label, init_kwargs={"wandb": {"dir": settings.track.folder}})
-
-    def __exit__(self, *exception: object) -> None:
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        self.accelerator.free_memory()
-
-    def prepare(self, module: nn.Module) -> nn.Module:  # noqa: D102
-        prepared: nn.Module = self.accelerator.prepare(module)
-        return prepared
-
-    def share(self, tensors: Named) -> dict[str, Tensor]:  # noqa: D102
-        count = len(next(iter(tensors.values())))
-        each = -(-count // self.count)
-        # The last rows are given twice where they do not divide; ``whole`` drops them again.
-        rows = torch.arange(self.index * each, (self.index + 1) * each).clamp(max=count - 1)
-        return {name: (tensor[rows] if self.count > 1 else tensor).to(self.device) for name, tensor in tensors.items()}
-
-    def whole(self, tensors: Named, count: int) -> dict[str, Tensor]:  # noqa: D102
-        if self.count == 1:
-            return dict(tensors)
-        found = {}
-        for name, own in tensors.items():
-            parts = list(self.accelerator.gather(own.detach().contiguous()).chunk(self.count))
-            parts[self.index] = own  # with its gradient
-            found[name] = torch.cat(parts)[:count]
-        return found
-
-    def alone(self, module: nn.Module) -> AbstractContextManager[Any]:  # noqa: D102
-        found: AbstractContextManager[Any] = self.accelerator.no_sync(module)
-        return found
-
-    def backward(self, loss: Tensor) -> None:  # noqa: D102
-        # Every process has the gradient that runs through its own rows. Their sum is wanted, DDP gives their mean.
-        super().backward(loss * self.count)
-
-    def draw(self, seed: int, step: int) -> None:  # noqa: D102
         if self.count > 1:
             torch.manual_seed(int(np.random.SeedSequence([seed, step, self.index]).generate_state(1)[0]))
 
-    def told(self, value: Any) -> Any:  # noqa: D102
-        from accelerate.utils import broadcast_object_list
+    def told(self, value: Any) -> Any:
+        """The first process's ``value``, on every process."""
+        return told(value)
 
-        return broadcast_object_list([value])[0]
-
-    def settle(self, module: nn.Module) -> None:  # noqa: D102
+    def settle(self, module: nn.Module) -> None:
+        """After training: the module on the processor again, and the same on every process."""
         from accelerate.utils import broadcast
 
-        for buffer in module.buffers():  # batch statistics are of each process's own rows
+        for buffer in module.buffers() if self.count > 1 else ():  # batch statistics are of each process's own rows
             buffer.copy_(broadcast(buffer))
         module.to("cpu")
 
-    def log(self, values: Mapping[str, float], step: int) -> None:  # noqa: D102
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Show values where the settings say."""
         self.accelerator.log(dict(values), step=step)
-
-
-def engine_for(settings: Training, label: str) -> Engine:
-    """Accelerate where a launcher started this process or a tracker is wanted, else this process alone.
-
-    Raises:
-        StageError: what the settings ask for is not to be had here.
-    """
-    engine = Accelerated(settings, label) if launched() or settings.track is not None else Engine(settings.precision)
-    if settings.shard_teacher and engine.count == 1:
-        raise StageError(
-            "shard_teacher: there is one process, nothing to spread the teacher over",
-            where=label,
-            fix="start with: torchrun --nproc_per_node 2 -m mmedge.cli.main …; or leave shard_teacher out",
-        )
-    return engine
 
 
 def launched() -> bool:
@@ -194,10 +149,25 @@ def launched() -> bool:
     return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
-def _accelerator(track: Tracking | None) -> Any:
+def told(value: Any) -> Any:
+    """The first process's ``value``, on every process; they must have been connected."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+def connect() -> tuple[int, int]:
+    """Connect the processes that a launcher started; their number and which of them this is."""
+    found = _accelerator(None, "distill")
+    return found.num_processes, found.process_index
+
+
+def _accelerator(track: Tracking | None, label: str) -> Any:
     """An ``Accelerator``; connects the processes when it is the first."""
+    if find_spec("accelerate") is None:
+        raise StageError(needs_extra("accelerate", "compress"), where=label)
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     # cuBLAS gives the same sums every time only with a workspace of fixed size (PyTorch, "Reproducibility").
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -209,7 +179,9 @@ def _accelerator(track: Tracking | None) -> Any:
     connected = distributed.is_initialized()
     # A batch that the teacher has not answered gives the projection no gradient.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[unused], **options)
+    # Between two trainings the others wait while the first builds engines and times them, for hours perhaps.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[unused, patient], **options)
     if distributed.is_initialized() and not connected:
         atexit.register(distributed.destroy_process_group)
     return accelerator
@@ -221,7 +193,7 @@ def _check_installed(track: Tracking) -> None:
             raise StageError(f"{tool} is not installed", where="distill.track", fix=f"pip install {tool}")
 
 
-def precision(choice: Choice, device: torch.device = Engine.device) -> Precision:
+def precision(choice: Choice, device: torch.device = CPU) -> Precision:
     """What ``auto`` means on a device."""
     if choice != "auto":
         return choice
@@ -233,7 +205,7 @@ def precision(choice: Choice, device: torch.device = Engine.device) -> Precision
 
 def autocast(choice: Choice) -> AbstractContextManager[Any]:
     """The autocast context for a precision on the processor."""
-    return _autocast(precision(choice), Engine.device)
+    return _autocast(precision(choice), CPU)
 
 
 def _autocast(chosen: Precision, device: torch.device) -> AbstractContextManager[Any]:

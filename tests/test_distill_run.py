@@ -1,0 +1,130 @@
+"""Training as a part of `mmedge compress`: killed in the middle of an epoch, on several processes, wrongly asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+RECIPE = """
+schema: 1
+task: {task}
+targets: [onnxruntime]
+stages:
+  - prune: {{width: 0.75, round_to: 8}}
+  - distill: {{epochs: 2, samples: 2048, learning_rate: 0.003, precision: fp32, modality_dropout: 0.1}}
+profile: {{queries: 64, budget_s: 2, health_samples: 64}}
+"""
+STEPS = 64
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+# Every loss takes a while where the environment says so: there is time to be killed in.
+SLOWLY = """
+import os, time
+plain = loss
+
+
+def loss(outputs, targets):
+    time.sleep(float(os.environ.get("PAUSE", "0")))
+    return plain(outputs, targets)
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe_file(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    shutil.copytree(template.parent, folder, dirs_exist_ok=True)
+    task, recipe = folder / template.name, folder / "small.yaml"
+    task.write_text(task.read_text() + SLOWLY)
+    recipe.write_text(RECIPE.format(task=f"{task}:task"))
+    return recipe
+
+
+def started(arguments: list[str], launcher: list[str], **environment: str) -> subprocess.Popen[str]:
+    start = [sys.executable, *(["-m", *launcher] if launcher else [])]
+    return subprocess.Popen(
+        [*start, "-m", "mmedge", "compress", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def compress(arguments: list[str], launcher: list[str] | None = None) -> tuple[int, str, str]:
+    with started(arguments, launcher or []) as process:
+        output, errors = process.communicate(timeout=300)
+    return process.returncode, output, errors
+
+
+def student_of(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = run.glob("artifacts/distill-*/weights.safetensors")
+    return load_file(path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    status, _, errors = compress(["--recipe", str(recipe_file), "--output", str(run)])
+    assert status == 0, errors
+    return run
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def reached_in(run: Path) -> int:
+    """The step of the training's latest state, 0 where there is none."""
+    states = run.glob("artifacts/.unfinished-distill-*/*/step-*")
+    return max((int(path.name.split("-")[1]) for path in states), default=0)
+
+
+def test_killed_within_an_epoch_it_resumes_at_its_step_and_ends_with_the_same_weights(
+    undisturbed, recipe_file, tmp_path
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["--recipe", str(recipe_file), "--output", str(run)]
+    with started(arguments, [], PAUSE="0.1") as process:
+        wait_for(lambda: reached_in(run) > 3, process)
+        os.kill(process.pid, signal.SIGKILL)
+    reached = reached_in(run)
+    assert 3 < reached < STEPS / 2  # before the end of the first epoch
+    status, _, errors = compress(arguments)
+    assert status == 0, errors
+    assert f"distill: resumes at step {reached} of {STEPS}" in errors
+    whole, again = student_of(undisturbed), student_of(run)
+    assert set(whole) == set(again)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert not list(run.rglob("*.unfinished-*"))  # the artifact is safe: nothing is kept besides
+
+
+def test_two_processes_share_the_training_and_the_first_does_the_rest(undisturbed, recipe_file, tmp_path) -> None:
+    pytest.importorskip("accelerate")
+    run = tmp_path / "run"
+    status, output, errors = compress(["--recipe", str(recipe_file), "--output", str(run)], TORCHRUN)
+    assert status == 0, errors
+    assert errors.count("stage 2 of 2: distill") == 1
+    assert output.count("Stage") == 1
+    whole, shared = student_of(undisturbed), student_of(run)
+    before = load_file(next(run.glob("artifacts/prune-*/weights.safetensors")))
+    assert max(float((whole[name] - before[name]).abs().max()) for name in whole) > 0.01  # it has learnt
+    for name, tensor in whole.items():  # sums are in another order, nothing else
+        assert torch.allclose(shared[name], tensor, atol=1e-3), name
+    one, two = (json.loads((each / "report.json").read_text())["stages"][-1] for each in (undisturbed, run))
+    accuracies = [stage["results"][0]["accuracy"]["value"] for stage in (one, two)]
+    assert abs(accuracies[0] - accuracies[1]) < 0.01
+
