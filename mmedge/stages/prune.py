@@ -291,6 +291,12 @@ class _Pace:
     def __init__(self, config: Prune.Config, module: nn.Module, context: Context) -> None:
         if context.stopwatch is None:
             raise StageError("there is no target to time networks on", where="prune", fix="prune for macs instead")
+        if config.recover is not None and context.summon is not None:
+            raise StageError(
+                "every process of a launch would time networks and find widths of its own",
+                where="prune.recover",
+                fix="leave recover out here and let a distill stage after this one train",
+            )
         self.steps, self.say = config.steps, context.progress.say
         self.clock = context.stopwatch(module, config.on)
         self.before = self.clock.reference_ms
