@@ -295,6 +295,7 @@ def test_an_unknown_loss_is_named_with_a_suggestion(tmp_path) -> None:
         "affinity: {outputs: yes}": "not True",
         "affinity: {outputs: [5]}": "string, not 5",
         "sequence: {end: two}": "not 'two'",
+        "track: {tools: [tensorbord]}": "not 'tensorbord'",
     }.items():
         file = tmp_path / "mine.yaml"
         file.write_text(f"task: av_digits\ntargets: [torch]\nstages: [distill: {{{written}}}]")

@@ -1,4 +1,4 @@
-"""Training as a part of `mmedge compress`: killed in the middle of an epoch, on several processes, wrongly asked for."""
+"""Training as a part of `mmedge compress`: killed within an epoch, on several processes, wrongly asked for."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmedge.cli.main import main
+from mmedge.pipeline import compress as pipeline
+from mmedge.progress import Progress
+from mmedge.recipe import load_recipe
+
 RECIPE = """
 schema: 1
 task: {task}
@@ -23,7 +28,7 @@ targets: [onnxruntime]
 stages:
   - prune: {{width: 0.75, round_to: 8}}
   - distill: {{epochs: 2, samples: 2048, learning_rate: 0.003, precision: fp32, modality_dropout: 0.1}}
-profile: {{queries: 64, budget_s: 2, health_samples: 64}}
+profile: {{queries: 1, budget_s: 1, health_samples: 1}}
 """
 STEPS = 64
 TORCHRUN = ["torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
@@ -60,7 +65,7 @@ def started(arguments: list[str], launcher: list[str], **environment: str) -> su
     )
 
 
-def compress(arguments: list[str], launcher: list[str] | None = None) -> tuple[int, str, str]:
+def ended(arguments: list[str], launcher: list[str] | None = None) -> tuple[int, str, str]:
     with started(arguments, launcher or []) as process:
         output, errors = process.communicate(timeout=300)
     return process.returncode, output, errors
@@ -74,8 +79,7 @@ def student_of(run: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def undisturbed(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    status, _, errors = compress(["--recipe", str(recipe_file), "--output", str(run)])
-    assert status == 0, errors
+    pipeline.compress(pipeline.Job(load_recipe(recipe_file), recipe_file.name, 0, run, "mmedge compress …"), Progress())
     return run
 
 
@@ -103,7 +107,7 @@ def test_killed_within_an_epoch_it_resumes_at_its_step_and_ends_with_the_same_we
         os.kill(process.pid, signal.SIGKILL)
     reached = reached_in(run)
     assert 3 < reached < STEPS / 2  # before the end of the first epoch
-    status, _, errors = compress(arguments)
+    status, _, errors = ended(arguments)
     assert status == 0, errors
     assert f"distill: resumes at step {reached} of {STEPS}" in errors
     whole, again = student_of(undisturbed), student_of(run)
@@ -115,10 +119,10 @@ def test_killed_within_an_epoch_it_resumes_at_its_step_and_ends_with_the_same_we
 def test_two_processes_share_the_training_and_the_first_does_the_rest(undisturbed, recipe_file, tmp_path) -> None:
     pytest.importorskip("accelerate")
     run = tmp_path / "run"
-    status, output, errors = compress(["--recipe", str(recipe_file), "--output", str(run)], TORCHRUN)
+    status, output, errors = ended(["--recipe", str(recipe_file), "--output", str(run)], TORCHRUN)
     assert status == 0, errors
     assert errors.count("stage 2 of 2: distill") == 1
-    assert output.count("Stage") == 1
+    assert output.count("my_task: PASS") == 1
     whole, shared = student_of(undisturbed), student_of(run)
     before = load_file(next(run.glob("artifacts/prune-*/weights.safetensors")))
     assert max(float((whole[name] - before[name]).abs().max()) for name in whole) > 0.01  # it has learnt
@@ -128,3 +132,48 @@ def test_two_processes_share_the_training_and_the_first_does_the_rest(undisturbe
     accuracies = [stage["results"][0]["accuracy"]["value"] for stage in (one, two)]
     assert abs(accuracies[0] - accuracies[1]) < 0.01
 
+
+WRONG = {
+    "a loss that is no number": (
+        'replace(made, loss=lambda given, true: plain(given, true) * (1, float("nan"))[given["logits"].requires_grad])',
+        {},
+        "the loss became nan\n  lower learning_rate",
+    ),
+    "other labels": (
+        "replace(made, student=Other)",
+        {"student": "task"},
+        "output logits has shape (2, 3), the teacher's (2, 4)\n  give the student the teacher's classes",
+    ),
+    "an unknown tracker": ("made", {"track": {"tools": ["tensorbord"]}}, "not 'tensorbord'"),
+}
+OTHER = """
+from dataclasses import replace
+usual = task
+
+
+class Other(Net):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(128, 3)
+
+
+def task():
+    made = usual()
+    return {change}
+"""
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_ends_the_command_with_status_2(recipe_file, tmp_path, monkeypatch, capsys, case) -> None:
+    change, settings, said = WRONG[case]
+    (source,) = recipe_file.parent.glob("*.py")
+    task, recipe = tmp_path / source.name, tmp_path / "wrong.yaml"
+    shutil.copytree(source.parent, tmp_path, dirs_exist_ok=True)
+    task.write_text(source.read_text() + OTHER.format(change=change))
+    stages = [{"distill": {"samples": 64, "epochs": 1, **settings}}]
+    recipe.write_text(json.dumps({"schema": 1, "task": f"{task}:task", "targets": ["onnxruntime"], "stages": stages}))
+    monkeypatch.setattr(sys, "argv", ["mmedge", "compress", "--recipe", str(recipe), "--output", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
