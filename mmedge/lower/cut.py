@@ -6,6 +6,7 @@ nothing is traced or calibrated again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -31,6 +32,7 @@ def cut(model: ir.Model, component: Component) -> None:
     inputs = [_entry(known[name]) for name in component.inputs]
     foreign = [value for value in graph.inputs if value.name not in component.inputs]
     graph.inputs[:] = [*inputs, *foreign]
+    _read_batch_off(inputs[0], foreign)
     remove_unused(model)
     if still := [str(value.name) for value in foreign if value.uses()]:
         raise StageError(
@@ -40,6 +42,15 @@ def cut(model: ir.Model, component: Component) -> None:
             fix="name it among the component's inputs, or an output of the network that stands between them",
         )
     graph.inputs[:] = inputs
+
+
+def _read_batch_off(own: ir.Value, foreign: Sequence[ir.Value]) -> None:
+    """Take the size of the batch from ``own``: all inputs share it, and the exporter reads it off any of them."""
+    for value in foreign:
+        for node, index in list(value.uses()):
+            ends = {name: node.attributes[name].as_int() for name in ("start", "end") if name in node.attributes}
+            if node.op_type == "Shape" and ends.get("start", 0) == 0 and ends.get("end") == 1:
+                node.replace_input_with(index, own)
 
 
 def _entry(value: ir.Value) -> ir.Value:
