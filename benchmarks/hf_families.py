@@ -27,7 +27,7 @@ RECIPE: dict[str, Any] = {
     "targets": ["onnxruntime"],
     "stages": [
         {"distill": {"epochs": 1, "samples": 64, "learning_rate": 1e-4, "match": "mse"}},
-        {"prune": {"width": 0.5, "round_to": 8}},
+        {"prune": {"macs": 0.5, "round_to": 8}},
         {"quantize": {"calibration": {"samples": 24}, "sensitivity_samples": 0}},
     ],
     "twin": {"min_speedup": 0.0, "max_drop": 1.0, "queries": 10, "budget_s": 2},
@@ -74,9 +74,10 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
 
 def agreement(spec: str, artifacts: Path, stage: str) -> dict[str, float]:
     """The cosine of every component, cut out of a stage's graph and fed by the others, with PyTorch on test samples."""
-    import onnx
+    import onnx_ir as ir
     import onnxruntime
 
+    from mmedge.lower.cut import cut
     from mmedge.profile.accuracy import parity
     from mmedge.task import Component, load_task
 
@@ -84,27 +85,15 @@ def agreement(spec: str, artifacts: Path, stage: str) -> dict[str, float]:
     (graph,), (kept,) = artifacts.glob(f"{stage}-onnx-*/model.onnx"), artifacts.glob(f"{stage}-samples-*")
     known, expected = dict(np.load(kept / "inputs.npz")), np.load(kept / "outputs.npz")
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for part in task.components or (Component("whole", tuple(known), task.outputs),):
-            whole, cut = f"{folder}/whole-{part.name}.onnx", f"{folder}/{part.name}.onnx"
-            onnx.save(with_own_batch(onnx.load(graph), part.inputs), whole)
-            onnx.utils.extract_model(whole, cut, list(part.inputs), list(part.outputs))
-            session = onnxruntime.InferenceSession(cut, providers=["CPUExecutionProvider"])
-            answers = session.run(list(part.outputs), {name: known[name] for name in part.inputs})
-            made = dict(zip(part.outputs, answers, strict=True))
-            known |= made
-            found[part.name] = round(parity({name: expected[name] for name in made}, made)["cosine"], 7)
+    for part in task.components or (Component("whole", tuple(known), task.outputs),):
+        model = ir.load(graph)
+        cut(model, part)
+        session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+        answers = session.run(list(part.outputs), {name: known[name] for name in part.inputs})
+        made = dict(zip(part.outputs, answers, strict=True))
+        known |= made
+        found[part.name] = round(parity({name: expected[name] for name in made}, made)["cosine"], 7)
     return found
-
-
-def with_own_batch(model: Any, inputs: tuple[str, ...]) -> Any:
-    """All inputs share the batch, and the exporter reads it off any: here off the first of ``inputs``."""
-    for node in model.graph.node:
-        if node.op_type == "Shape" and node.input[0] in {value.name for value in model.graph.input} - set(inputs):
-            (end,) = (each.i for each in node.attribute if each.name == "end")
-            assert end == 1, f"{node.name} reads more than the batch off {node.input[0]}"
-            node.input[0] = inputs[0]
-    return model
 
 
 def main() -> int:
