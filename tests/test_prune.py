@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import CnnTransformer, Fusion, Tied
+from blocks import CnnTransformer, Fusion, Grouped, Tied
 from families import assert_exports, context_of, lively, prune, run_on, task_of
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from mmedge.stages.base import Network, Saved, as_tensors
 from mmedge.stages.prune import Prune
 from mmedge.stages.pruning.attention import attentions_of
 from mmedge.stages.pruning.soundness import Soundness
-from mmedge.stages.structure import Cut, Slot, count, narrowed, tensors_of
+from mmedge.stages.structure import Cut, Slot, count, macs_by_module, narrowed, tensors_of
 from mmedge.task import Task
 from mmedge.tasks.av_digits.model import AvDigits
 
@@ -80,6 +80,11 @@ def test_restored_module_is_bit_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     stage, context = Prune(Prune.Config(width=0.5, depth=0.5)), context_of(task)
     saved = stage.run(Network(task.model), context)
     module = stage.restore(Network(task.model), Saved(load(save(dict(saved.tensors))), saved.edits), context).module
+    assert torch.equal(run_on(task, module), run_on(task, seen[0]))
+    earlier = {
+        name: value for name, value in saved.edits.items() if name != "baked"
+    }  # as runs of mmedge 0.1 saved them
+    module = stage.restore(Network(task.model), Saved(saved.tensors, earlier), context).module
     assert torch.equal(run_on(task, module), run_on(task, seen[0]))
     again = stage.run(Network(task.model), context)
     assert again.edits == saved.edits
@@ -291,3 +296,15 @@ def test_parametrized_layers_become_plain_ones() -> None:
     untouched, edits = prune(task, width=1.0, depth=0.5)
     assert edits["baked"] == []
     assert "layers.0.attention.query.parametrizations.weight.original0" in dict(untouched.named_parameters())
+
+
+@pytest.mark.parametrize("keys", [1, 2, 4])
+def test_products_of_attentions_count_where_they_are_made(keys: int) -> None:
+    module = nn.ModuleDict({"into": nn.Linear(8, 64), "attention": Grouped(keys=keys)})
+    module.forward = lambda x: module["attention"](module["into"](x))  # type: ignore[method-assign]
+    inputs = {"x": torch.randn(3, 6, 8)}
+    products = 2 * 4 * 6 * 6 * 16
+    layers = {"into": 6 * 8 * 64, **{f"attention.{name}_proj": 6 * 64 * 64 for name in "qo"},
+              **{f"attention.{name}_proj": 6 * 64 * 16 * keys for name in "kv"}}  # fmt: skip
+    assert macs_by_module(module, inputs) == {**layers, "attention": products}
+    assert count(module, inputs, ("y",))["macs"] == sum(layers.values()) + products
