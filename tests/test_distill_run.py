@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from mmedge.cli.main import main
 from mmedge.pipeline import compress as pipeline
 from mmedge.progress import Progress
 from mmedge.recipe import load_recipe
+from mmedge.stages.base import Network
+from mmedge.stages.prune import Prune
 
 RECIPE = """
 schema: 1
@@ -114,6 +117,47 @@ def test_killed_within_an_epoch_it_resumes_at_its_step_and_ends_with_the_same_we
     assert set(whole) == set(again)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert not list(run.rglob("*.unfinished-*"))  # the artifact is safe: nothing is kept besides
+
+
+class Cut(BaseException):
+    pass
+
+
+class Impatient(Progress):
+    """Ends the process, so to say, with the step of that number, counted over all trainings."""
+
+    def __init__(self, end: int) -> None:
+        self.end, self.done, self.lines = end, 0, []
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Impatient]:
+        yield self
+
+    def advance(self, steps: int = 1, **facts: float) -> None:
+        self.done += "loss" in facts
+        if self.done == self.end:
+            raise Cut
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_pruning_in_steps_resumes_within_the_recovery_it_had_reached(small_task, context_of, tmp_path) -> None:
+    """A stage that trains more than once hands nothing over: each training finds its own state."""
+    recover = {"epochs": 1, "samples": 512, "precision": "fp32"}  # eight steps
+    stage = Prune(Prune.Config.model_validate({"width": 0.5, "round_to": 8, "steps": 2, "recover": recover}))
+    network = Network(small_task.model)
+    whole = stage.run(network, context_of(small_task))
+    with pytest.raises(Cut):
+        stage.run(network, context_of(small_task, scratch=tmp_path, progress=Impatient(12)))
+    again = Impatient(-1)
+    saved = stage.run(network, context_of(small_task, scratch=tmp_path, progress=again))
+    assert [line for line in again.lines if "resumes" in line] == [
+        "recover: resumes at step 8 of 8",
+        f"recover: resumes at step {8 - again.done} of 8",
+    ]
+    assert 4 < again.done < 8
+    assert all(torch.equal(saved.tensors[name], whole.tensors[name]) for name in whole.tensors)
 
 
 def test_two_processes_share_the_training_and_the_first_does_the_rest(undisturbed, recipe_file, tmp_path) -> None:

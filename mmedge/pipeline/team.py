@@ -38,9 +38,10 @@ class Team:
     def __enter__(self) -> Team:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """Send the others home, unless they are at work: then what ended it here ends it there."""
-        if self.count > 1 and not self.busy:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """Send the others home, unless they are at work or were interrupted: then what ended it here ends it there."""
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        if self.count > 1 and not self.busy and not interrupted:
             told(None)
 
     @contextmanager

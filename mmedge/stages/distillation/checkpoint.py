@@ -94,26 +94,19 @@ def origin_of(module: nn.Module, facts: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-Groups = list[dict[str, Any]]
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Groups]:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """An optimizer's tensors by ``number of the parameter.name``, and its settings as JSON."""
     state = optimizer.state_dict()
     tensors = {f"{index}.{name}": value for index, kept in state["state"].items() for name, value in kept.items()}
-    return tensors, [
-        {name: value for name, value in group.items() if name != "params"} for group in state["param_groups"]
-    ]
+    return tensors, state["param_groups"]
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: Groups) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
+) -> None:
     """Put back what ``optimizer_state`` gave."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
-        parameter = parameters[int(index)]
-        # In the parameter's own layout, as the optimizer made it.
-        place = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
-        optimizer.state[parameter][name] = place.copy_(value)
-    for group, kept in zip(optimizer.param_groups, groups, strict=True):
-        group.update({name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()})
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

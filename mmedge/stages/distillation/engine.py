@@ -190,7 +190,8 @@ def _accelerator(track: Tracking | None, label: str) -> Any:
 def _check_installed(track: Tracking) -> None:
     for tool in track.tools:  # Accelerate leaves a tracker out that is not there
         if find_spec(tool) is None:
-            raise StageError(f"{tool} is not installed", where="distill.track", fix=f"pip install {tool}")
+            package = '"mmedge[track]"' if tool == "tensorboard" else tool
+            raise StageError(f"{tool} is not installed", where="distill.track", fix=f"pip install {package}")
 
 
 def precision(choice: Choice, device: torch.device = CPU) -> Precision:
