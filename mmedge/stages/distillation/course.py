@@ -16,7 +16,7 @@ from mmedge.errors import StageError
 from mmedge.progress import Bar
 from mmedge.stages.base import as_tensors, outputs_of
 from mmedge.stages.distillation.checkpoint import Checkpoints, load_optimizer, optimizer_state, origin_of
-from mmedge.stages.distillation.engine import Engine
+from mmedge.stages.distillation.engine import Engine, told
 from mmedge.stages.distillation.lessons import Lesson, Lessons, without_some
 from mmedge.stages.distillation.losses import total
 from mmedge.stages.distillation.settings import Training, generated
@@ -153,7 +153,7 @@ class Course:
 
     def _examine(self, step: int) -> None:
         """After an epoch: is the student better than it ever was?"""
-        score = self.engine.told(self._score() if self.engine.index == 0 else None)
+        score = told(self._score() if self.engine.index == 0 else None)
         metric, best = self.task.metric, self.best
         better = best is None or (score > best.score if metric.higher_is_better else score < best.score)
         if best is None or better:
@@ -213,7 +213,7 @@ class Course:
 
     def _resume(self, lessons: Iterator[list[Lesson]]) -> int:
         """Put everything back as an earlier process left it, the lessons included; the number of steps done."""
-        state = self.engine.told(self.kept.load())
+        state = told(self.kept.load())
         if state is None:
             return 0
         tensors, facts = state

@@ -127,10 +127,6 @@ class Engine:
         if self.count > 1:
             torch.manual_seed(int(np.random.SeedSequence([seed, step, self.index]).generate_state(1)[0]))
 
-    def told(self, value: Any) -> Any:
-        """The first process's ``value``, on every process."""
-        return told(value)
-
     def settle(self, module: nn.Module) -> None:
         """After training: the module on the processor again, and the same on every process."""
         from accelerate.utils import broadcast

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmedge.stages.base import Context, outputs_of
-from mmedge.stages.distillation.engine import Engine, precision
+from mmedge.stages.distillation.engine import Engine, precision, told
 from mmedge.stages.distillation.lessons import Lesson, samples_of
 from mmedge.stages.distillation.settings import SequenceLoss, Training, generated
 from mmedge.stages.distillation.watch import Seen, Wanted, Watch
@@ -58,17 +58,17 @@ def _remembered(
     """``context.remember`` of the first process; the others help to compute what it does not find."""
 
     def together() -> dict[str, Tensor]:
-        engine.told("compute")
+        told("compute")
         return compute()
 
     kept: dict[str, Tensor] | None = None
     if engine.index == 0:
         kept = context.remember(name, inputs, together)
-        engine.told("found")
+        told("found")
     else:
-        while engine.told(None) == "compute":
+        while told(None) == "compute":
             compute()
-    found: dict[str, Tensor] = engine.told(kept)
+    found: dict[str, Tensor] = told(kept)
     return found
 
 
