@@ -26,7 +26,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E4
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220), "white": (240, 240, 240)}
 SIZES = ("small", "large")
-WORDS = ("[PAD]", "[START]", "[END]", "[UNK]", "a", "square", "which", "colour", "is", "it", *COLOURS, *SIZES, "say")
+WORDS = (
+    "[PAD]",
+    "[START]",
+    "[END]",
+    "[UNK]",
+    "a",
+    "square",
+    "which",
+    "colour",
+    "is",
+    "it",
+    "the",
+    *COLOURS,
+    *SIZES,
+    "say",
+)
 PAD, START, END, VOCABULARY = 0, 1, 2, 48
 SIDE, RATE, MELS = 32, 640, 16
 VISION = {
@@ -107,7 +122,7 @@ def whisper(folder: Path) -> None:
     sizes = {
         f"{side}_{name}": value
         for side in ("encoder", "decoder")
-        for name, value in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 128))
+        for name, value in (("layers", TEXT["num_hidden_layers"]), ("attention_heads", 4), ("ffn_dim", 128))
     }
     tokens = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END, "decoder_start_token_id": START}
     config = tf.WhisperConfig(
@@ -158,7 +173,11 @@ def columns(name: str, colours: list[str], sizes: list[str], rng: np.random.Gene
         "vit": {"image": images, "label": labels},
         "bert": {"text": [" ".join(rng.choice(WORDS[4:], 6)) + f" {colour}" for colour in colours], "label": labels},
         "clip": {"image": images, "caption": captions},
-        "vilt": {"image": images, "question": ["which colour is it"] * len(pairs), "answer": colours},
+        "vilt": {
+            "image": images,
+            "question": [f"which colour is the {size} square" for size in sizes],
+            "answer": colours,
+        },
         "vision_encoder_decoder": {"image": images, "text": captions},
         "whisper": {
             "audio": [tone(colour, rng) for colour in colours] if name == "whisper" else [],

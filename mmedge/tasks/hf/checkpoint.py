@@ -69,8 +69,9 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as err:
-        package = name.partition(".")[0]
-        raise UsageError(needs_extra({"PIL": "pillow"}.get(package, package), "hf"), where="task hf") from err
+        missing = (err.name or name).partition(".")[0]
+        problem, fix = needs_extra({"PIL": "pillow"}.get(missing, missing), "hf").split(": ", 1)
+        raise UsageError(problem, where="task hf", fix=fix) from err
 
 
 def folder_of(place: str, download: bool) -> Path:
@@ -129,24 +130,11 @@ class Checkpoint:
         Raises:
             TaskError: the weights are missing, incomplete, damaged, or pickled only.
         """
-        import torch
-
         where = str(self.folder)
         self._check_files()
-        # "sdpa" is one operator in the exported graph; where a family has none, "eager" is its only form.
-        attention = "sdpa" if self.architecture._supports_sdpa else "eager"
         try:
             with quiet():
-                model, found = self.architecture.from_pretrained(
-                    self.folder,
-                    config=self.config,
-                    dtype=torch.float32,
-                    attn_implementation=attention,
-                    use_safetensors=True,
-                    local_files_only=True,
-                    trust_remote_code=False,
-                    output_loading_info=True,
-                )
+                model, found = self._loaded()
         except Exception as err:  # what a damaged or foreign file makes of the loader has no common type
             raise TaskError(f"the weights cannot be loaded: {_first_line(err)}", where=where) from err
         if missing := sorted(found["missing_keys"]):
@@ -157,6 +145,25 @@ class Checkpoint:
                 fix=f"give a checkpoint that was trained as {self.architecture.__name__}",
             )
         return model.eval()
+
+    def _loaded(self) -> tuple[Any, dict[str, Any]]:
+        """The model, and what was and was not in its files."""
+        import torch
+
+        options = {
+            "config": self.config,
+            "dtype": torch.float32,
+            "use_safetensors": True,
+            "local_files_only": True,
+            "trust_remote_code": False,
+            "output_loading_info": True,
+        }
+        try:  # one operator in the exported graph; where a part of the model lacks it, "eager" is the only form
+            return self.architecture.from_pretrained(self.folder, attn_implementation="sdpa", **options)
+        except ValueError as err:
+            if "scaled_dot_product_attention" not in str(err):
+                raise
+            return self.architecture.from_pretrained(self.folder, attn_implementation="eager", **options)
 
     def _check_files(self) -> None:
         if any((self.folder / name).is_file() for name in _WEIGHTS):

@@ -146,7 +146,8 @@ class Encoder:
         most = min([int(size) for size in sizes if size] + [int(self._tokenizer.model_max_length)])
         length = self.options.length or min(most, LENGTH)
         if length > most:
-            raise UsageError(f"length={length}, the model takes {most} tokens", where=str(self.checkpoint.folder))
+            problem = f"length={length}, the model takes {most} tokens"
+            raise UsageError(problem, where=str(self.checkpoint.folder), fix=f"length={most} or less")
         return length
 
     def _encoded(self, texts: Sequence[str], pairs: Sequence[str] | None, length: int) -> Any:

@@ -206,7 +206,7 @@ def family_of(checkpoint: Checkpoint) -> Family:
         if family.task == task and fits:
             _check_problem(checkpoint, family)
             return family
-    supported = "; ".join(f"{each.title} ({', '.join(each.model_types) or 'vit, bert, …'})" for each in FAMILIES)
+    supported = "; ".join(f"{each.title} ({', '.join(each.model_types or _types(each.task))})" for each in FAMILIES)
     kind = f"task {task}, type {checkpoint.model_type}" if task else f"no task of optimum, type {checkpoint.model_type}"
     raise TaskError(
         f"{checkpoint.architecture.__name__} ({kind}) is not supported",
@@ -216,13 +216,30 @@ def family_of(checkpoint: Checkpoint) -> Family:
 
 
 def _task_of(checkpoint: Checkpoint) -> str | None:
+    """optimum's task for the model's class; where it does not know a class, what transformers' own tables say."""
     from optimum.exporters.tasks import TasksManager
+    from transformers.models.auto import modeling_auto as auto
 
     try:
         with quiet():
             return str(TasksManager.infer_task_from_model(checkpoint.architecture))
     except (ValueError, KeyError):  # it says so with either
-        return None
+        pass
+    for task, table in (
+        ("image-classification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+        ("text-classification", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    ):
+        usual = table.get(checkpoint.model_type, ())
+        if checkpoint.architecture.__name__ == (usual if isinstance(usual, str) else (*usual, "")[0]):
+            return task
+    return None
+
+
+def _types(task: str) -> list[str]:
+    """The types of models that optimum can export for a task."""
+    from optimum.exporters.tasks import TasksManager
+
+    return sorted(TasksManager.get_supported_model_type_for_task(task, "onnx"))
 
 
 def _exportable(checkpoint: Checkpoint, task: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -87,18 +88,30 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         self.model = model
 
-    def answers(self, encoded: Tensor, decoder_input_ids: Tensor, **options: Tensor) -> tuple[Tensor, Tensor]:
+    def answers(self, encoded: Tensor, decoder_input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The two outputs, from what the encoder made of its input."""
         from transformers.modeling_outputs import BaseModelOutput
 
         result = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
             decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=self._mask(decoder_input_ids),
             use_cache=False,
             return_dict=True,
-            **options,
         )
         return encoded, result.logits
+
+    def _mask(self, tokens: Tensor) -> Tensor:
+        """What hides later tokens from earlier ones; padding comes last, so that hides it as well.
+
+        Decoders of transformers' newer kind make this mask with ``vmap``, which a traced graph cannot always run: they
+        take it finished, ``(1, 1, length, length)``. Others make it themselves, of one that hides nothing.
+        """
+        made_with = vars(sys.modules[type(self.model.get_decoder()).__module__])
+        if "create_causal_mask" not in made_with:
+            return torch.ones_like(tokens)
+        length = tokens.shape[1]
+        return torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()[None, None]
 
 
 class ImageToText(EncoderDecoder):
@@ -107,8 +120,7 @@ class ImageToText(EncoderDecoder):
     def forward(self, pixel_values: Tensor, decoder_input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's state and the logits."""
         encoded = self.model.get_encoder()(pixel_values=pixel_values, return_dict=True).last_hidden_state
-        # Padding comes last, so causal attention hides it; without this mask transformers asks for one.
-        return self.answers(encoded, decoder_input_ids, decoder_attention_mask=torch.ones_like(decoder_input_ids))
+        return self.answers(encoded, decoder_input_ids)
 
 
 class SpeechToText(EncoderDecoder):
