@@ -1,8 +1,8 @@
 """``drive``: what is ahead and how far away it is, from a camera frame, a lidar sweep and the car's own speed.
 
-Three trained networks of about 0.2 M parameters that differ in where they fuse: ``drive`` in the middle, ``drive_early``
-and ``drive_late``. ``data`` says what is measured, ``model`` what is compressed, ``train_teacher`` how the weights came
-to be.
+Three trained networks of about 0.2 M parameters that differ in where they fuse: ``drive`` in the middle,
+``drive_early`` and ``drive_late``. ``data`` says what is measured, ``model`` what is compressed, ``train_teacher`` how
+the weights came to be.
 """
 
 from __future__ import annotations

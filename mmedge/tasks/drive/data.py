@@ -145,7 +145,7 @@ def _colour(count: int, low: tuple[float, ...], high: tuple[float, ...], rng: Rn
 
 
 def _object(scenes: Scenes, horizon: NDArray[np.float64], rng: Rng) -> tuple[Floats, Floats]:
-    """Its colours, weighted by how much of a pixel it covers, and that cover; each pixel is looked at in four places."""
+    """Its colours, weighted by how much of a pixel it covers, and that cover. Pixels are looked at in four places."""
     count = len(scenes.kind)
     scale = FOCAL / scenes.distance
     bottom = horizon + CAMERA_HEIGHT * scale
@@ -171,7 +171,7 @@ def _quartered(there: NDArray[np.bool_]) -> Floats:
     """The fraction of each two by two entries that is true: ``(n, 2 h, 2 w)`` to ``(n, h, w)``."""
     count = there.astype(np.float32)
     pairs = count[:, ::2] + count[:, 1::2]
-    return (pairs[..., ::2] + pairs[..., 1::2]) / 4
+    return (pairs[..., ::2] + pairs[..., 1::2]) * np.float32(0.25)
 
 
 def scan(scenes: Scenes, rng: Rng) -> Floats:

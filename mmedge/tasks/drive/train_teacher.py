@@ -1,8 +1,8 @@
 """Train a network of ``drive`` and write its weights.
 
-Run ``python -m mmedge.tasks.drive.train_teacher [--fusion early|middle|late]``. Scenes are drawn afresh for every batch.
-Camera or lidar is blanked in a twentieth of the samples each, so that an answer is left when a sensor fails. Weights are
-kept in float16 to halve the file and run in float32.
+Run ``python -m mmedge.tasks.drive.train_teacher [--fusion early|middle|late]``. Scenes are drawn afresh for every
+batch. Camera or lidar is blanked in a twentieth of the samples each, so that an answer is left when a sensor fails.
+Weights are kept in float16 to halve the file and run in float32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def draw(rng: np.random.Generator) -> tuple[list[Tensor], Tensor]:
     drawn = data.sample(BATCH, rng)
     chance = rng.random(BATCH)
     drawn.camera[chance < BLANK], drawn.lidar[chance > 1 - BLANK] = 0, 0
-    return [torch.from_numpy(part) for part in (drawn.camera, drawn.lidar, drawn.speed)], torch.from_numpy(drawn.targets)
+    return [torch.from_numpy(part) for part in (drawn.camera, drawn.lidar, drawn.speed)], torch.from_numpy(
+        drawn.targets
+    )
 
 
 @torch.no_grad()
@@ -37,7 +39,9 @@ def score(net: nn.Module) -> float:
     kinds, metres, targets = [], [], []
     for drawn, _ in data.batches("calibration", 0):
         kind, distance = net(*map(torch.from_numpy, (drawn.camera, drawn.lidar, drawn.speed)))
-        kinds.append(kind.numpy()), metres.append(distance.numpy()), targets.append(drawn.targets)
+        kinds.append(kind.numpy())
+        metres.append(distance.numpy())
+        targets.append(drawn.targets)
     outputs = {"object": np.concatenate(kinds), "distance": np.concatenate(metres)}
     return right_object_and_distance(outputs, np.concatenate(targets))
 
@@ -52,7 +56,7 @@ def main() -> None:
     """Train for ``--steps`` steps and write ``--output``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fusion", choices=("early", "middle", "late"), default="middle")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -74,7 +78,9 @@ def main() -> None:
         if step % 250 == 0 or step == options.steps:
             right = score(net.eval())
             net.train()
-            print(f"step {step}: loss {value:.3f}, right {right:.3f}, {time.process_time() - started:.0f} s", flush=True)
+            print(
+                f"step {step}: loss {value:.3f}, right {right:.3f}, {time.process_time() - started:.0f} s", flush=True
+            )
     save(net, options.output or Path(__file__).with_name(f"{options.fusion}.safetensors"))
 
 
