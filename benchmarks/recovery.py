@@ -24,8 +24,8 @@ RESULTS = Path(__file__).parent / "results" / "recovery.json"
 PRUNE = {"macs": 0.25, "importance": "taylor", "round_to": 16}
 TRAINING = {
     "student": "current",
-    "samples": 8192,
-    "epochs": 8,
+    "samples": 4096,
+    "epochs": 6,
     "fresh": 0.5,
     "learning_rate": 0.001,
     "weight_decay": 0.05,

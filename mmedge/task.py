@@ -103,6 +103,7 @@ class Task:
         loss: ``loss(outputs, targets)`` for training: tensors in, a scalar tensor out.
         metric: what is reported and gated.
         student: builds a smaller module with the same inputs and outputs, for ``distill: {student: task}``.
+        also: further metrics, reported beside ``metric``.
         components: parts that are also wanted alone, as a dual encoder's towers or an encoder and its decoder are.
         source: a hash of the code and whatever else results depend on; left empty, that of the task function's file.
     """
@@ -115,6 +116,7 @@ class Task:
     loss: Callable[[Mapping[str, Tensor], Tensor], Tensor]
     metric: Metric
     student: Callable[[], nn.Module] | None = None
+    also: tuple[Metric, ...] = ()
     components: tuple[Component, ...] = ()
     source: str = field(default="", compare=False)
 
@@ -151,15 +153,16 @@ class Task:
         """The first calibration batch."""
         return next(iter(self.stream("calibration")))
 
-    def score(self, outputs: Mapping[str, Array], targets: Array) -> float:
-        """The metric as a finite number.
+    def score(self, outputs: Mapping[str, Array], targets: Array, metric: Metric | None = None) -> float:
+        """A metric, by default the one that is gated, as a finite number.
 
         Raises:
             TaskError: the metric raised or did not return a finite number.
         """
-        where = f"task {self.name}: metric {self.metric.name}"
+        metric = metric or self.metric
+        where = f"task {self.name}: metric {metric.name}"
         try:
-            value = self.metric.score(outputs, targets)
+            value = metric.score(outputs, targets)
         except Exception as err:
             raise TaskError(f"raised {type(err).__name__}: {err}", where=where) from err
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
@@ -369,6 +372,10 @@ def _wrong_types(task: Task) -> list[str]:
         "batches": ("a function", callable(task.batches)),
         "loss": ("a function", callable(task.loss)),
         "metric": ("a Metric with a function", isinstance(task.metric, Metric) and callable(task.metric.score)),
+        "also": (
+            "a tuple of Metric",
+            isinstance(task.also, several) and all(isinstance(each, Metric) for each in task.also),
+        ),
         "student": ("a function", task.student is None or callable(task.student)),
         "components": (
             "a tuple of Component",
@@ -381,6 +388,8 @@ def _wrong_types(task: Task) -> list[str]:
 def _wrong_names(task: Task) -> list[str]:
     names = [str(spec.name) for spec in task.inputs] + list(task.outputs)
     problems = [f"{name!r} is used twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    metrics = [metric.name for metric in (task.metric, *task.also)]
+    problems += [f"two metrics are called {name!r}" for name in sorted({n for n in metrics if metrics.count(n) > 1})]
     problems += [f"{name!r} is not a plain name" for name in names if not name.isidentifier() or iskeyword(name)]
     if not task.inputs or not task.outputs:
         problems.append("inputs and outputs must not be empty")

@@ -77,6 +77,7 @@ def task(components: tuple[Component, ...] = (DECODER, ENCODER)) -> Task:
         loss=loss,
         metric=Metric("token_accuracy", score),
         components=components,
+        also=(Metric("mean_logit", lambda outputs, targets: float(outputs["logits"].mean())),),
     )
 
 
@@ -150,7 +151,13 @@ def test_each_component_is_an_engine_that_gives_the_whole_networks_values(tmp_pa
         assert any("Integer" in node.op_type or node.op_type == "QuantizeLinear" for node in model.graph)
     console = Console(width=250, record=True, file=io.StringIO())
     show(report, tmp_path / "run", console)
-    assert "decoder alone on openvino: p50" in console.export_text()
+    text = console.export_text()
+    assert "decoder alone on openvino: p50" in text
+    means = [result.accuracy.others["mean_logit"] for result in report.stages[-1].results]
+    assert means[0] == pytest.approx(means[1], abs=0.02)
+    assert (
+        f"baseline on openvino: mean_logit {result_of(report, 0, 'openvino').accuracy.others['mean_logit']:.4g}" in text
+    )
     assert "decoder alone on openvino: p50" in render(report)
 
 

@@ -32,7 +32,7 @@ from mmedge.report.model import (
 from mmedge.targets.base import Target
 from mmedge.tensors import Array
 
-VERSION = 1  # raise it when a measurement changes: cached values expire
+VERSION = 2  # raise it when a measurement changes: cached values expire
 TIMED_SAMPLES = 16
 
 
@@ -142,6 +142,7 @@ class Measurements:
             "samples": found.samples,
             "ci95": interval,
             "reason": found.reason,
+            "others": dict(found.others),
             "parity": same,
         }
 
@@ -277,6 +278,7 @@ class Measurements:
             "value": value,
             "samples": cell.accuracy["samples"],
             "ci95": cell.accuracy["ci95"],
+            "others": cell.accuracy["others"],
             "drop": sign * (first.accuracy["value"] - value),
             "drop_vs_parent": sign * (parent["value"] - value) if parent else None,
         }

@@ -7,7 +7,7 @@ here means the same for all of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -85,12 +85,14 @@ class Accuracy:
         samples: how many.
         ci95: 95 % interval for the choice of samples, None with a ``reason``.
         reason: why there is none.
+        others: the task's further metrics, by name.
     """
 
     value: float
     samples: int
     ci95: tuple[float, float] | None
     reason: str | None = None
+    others: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, answers: Outputs, task: Task, seed: int = 0) -> Accuracy:
@@ -105,10 +107,11 @@ class Accuracy:
             TaskError: the metric fails on the answers.
         """
         value = task.score(answers.outputs, answers.targets)
+        others = {metric.name: task.score(answers.outputs, answers.targets, metric) for metric in task.also}
         found = _bootstrap(answers, task, value, seed)
         if isinstance(found, str):
-            return cls(value, len(answers), None, f"ci95: {found}")
-        return cls(value, len(answers), found)
+            return cls(value, len(answers), None, f"ci95: {found}", others)
+        return cls(value, len(answers), found, None, others)
 
 
 def _bootstrap(answers: Outputs, task: Task, value: float, seed: int) -> tuple[float, float] | str:

@@ -10,7 +10,6 @@ from typing import Any
 from mmedge.artifact import write_text
 from mmedge.errors import UsageError, needs_extra
 from mmedge.report.gates import blame
-from mmedge.report.int8 import components, device_times, findings, fusion, verdicts, waiting
 from mmedge.report.model import Gate, Report, Result, Stage
 from mmedge.report.plot import latency_accuracy
 from mmedge.report.values import (
@@ -30,6 +29,7 @@ from mmedge.report.values import (
     speedup_range,
     with_unit,
 )
+from mmedge.report.words import components, device_times, findings, fusion, others, verdicts, waiting
 
 _TEMPLATE = "report.html.j2"
 
@@ -119,7 +119,7 @@ def render(report: Report) -> str:
         verdicts=list(verdicts(report)),
         findings=[(stage.name, findings(stage.quantization)) for stage in report.stages if stage.quantization],
         coverage=list(_coverage(report)),
-        told=[*device_times(report), *fusion(report), *components(report)],
+        told=[*others(report), *device_times(report), *fusion(report), *components(report)],
         waiting=waiting(report),
         engines=gates.engines,
         gates=judged,

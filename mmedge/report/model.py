@@ -77,6 +77,7 @@ class Accuracy(Part):
         ci95: 95 % confidence interval of ``value``.
         drop: absolute difference to the baseline on the same target, positive when worse, whichever way is better.
         drop_vs_parent: the same against the stage before.
+        others: further metrics of the task, by name, in their own units.
     """
 
     value: float
@@ -84,6 +85,7 @@ class Accuracy(Part):
     ci95: Interval | None
     drop: float | None
     drop_vs_parent: float | None
+    others: dict[str, float] = Field(default_factory=dict)
 
 
 class Latency(Part):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmedge.report.int8 import components, device_times, findings, fusion, verdicts, waiting
 from mmedge.report.model import REPORT, Gate, Report, Result, Stage
 from mmedge.report.values import (
     Cell,
@@ -23,6 +22,7 @@ from mmedge.report.values import (
     speedup_range,
     with_unit,
 )
+from mmedge.report.words import components, device_times, findings, fusion, others, verdicts, waiting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -128,7 +128,7 @@ def _int8(report: Report, console: Console) -> None:
         _hanging(console, " ", f"{place}: {verdict}")
         for line in given_back:
             _hanging(console, "   ", f"in floating point: {line}")
-    for line in (*device_times(report), *fusion(report), *components(report)):
+    for line in (*others(report), *device_times(report), *fusion(report), *components(report)):
         _hanging(console, " ", line)
     for stage in report.stages:
         if stage.quantization is not None:

@@ -55,6 +55,15 @@ def fusion(report: Report) -> Iterator[str]:
                 yield f"{stage.name} on {result.target}: {len(kernels)} kernels only change type or layout ({named})"
 
 
+def others(report: Report) -> Iterator[str]:
+    """The task's further metrics."""
+    for stage in report.stages:
+        for result in stage.results:
+            if result.accuracy and result.accuracy.others:
+                listed = ", ".join(f"{name} {value:.4g}" for name, value in result.accuracy.others.items())
+                yield f"{stage.name} on {result.target}: {listed}"
+
+
 def components(report: Report) -> Iterator[str]:
     """The network's parts as engines of their own."""
     for stage in report.stages:
