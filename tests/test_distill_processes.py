@@ -210,7 +210,7 @@ def reached_in(kept: Path) -> int:
 
 def killed_after(steps: int, kept: Path, folder: Path, launcher: list[str], **order: Any) -> None:
     """Starts a training and kills it, with all its processes, when that many steps or more have been kept."""
-    with started(folder, launcher, **order, kept=str(kept), pause=0.2) as process:
+    with started(folder, launcher, **order, kept=str(kept), pause=0.4) as process:
         end = time.monotonic() + 240
         while not reached_in(kept) >= steps:
             assert process.poll() is None, process.stderr.read() if process.stderr else ""

@@ -105,7 +105,7 @@ def test_killed_within_an_epoch_it_resumes_at_its_step_and_ends_with_the_same_we
 ) -> None:
     run = tmp_path / "run"
     arguments = ["--recipe", str(recipe_file), "--output", str(run)]
-    with started(arguments, [], PAUSE="0.1") as process:
+    with started(arguments, [], PAUSE="0.3") as process:
         wait_for(lambda: reached_in(run) > 3, process)
         os.kill(process.pid, signal.SIGKILL)
     reached = reached_in(run)
