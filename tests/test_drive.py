@@ -193,14 +193,17 @@ def test_it_is_small_and_its_student_smaller(tasks, fusion: str) -> None:
 # --- through the line
 
 
-@pytest.mark.parametrize("maker", ["task", "early", "late"])
-def test_it_passes_its_own_check(maker: str, monkeypatch, capsys) -> None:
+def test_it_passes_its_own_check(monkeypatch, capsys) -> None:
     for split in data.SAMPLES:
         monkeypatch.setitem(data.SAMPLES, split, 128)
-    outcome = mmedge(monkeypatch, capsys, "task", "check", f"mmedge.tasks.drive:{maker}", "--json", "-q")
+    outcome = mmedge(monkeypatch, capsys, "task", "check", "mmedge.tasks.drive:task", "--json", "-q")
     assert (outcome.status, outcome.err) == (0, "")
-    name = {"task": "drive"}.get(maker, f"drive_{maker}")
-    assert json.loads(outcome.out) == {"task": name, "samples": {"test": 128, "calibration": 128, "train": 128}}
+    assert json.loads(outcome.out) == {"task": "drive", "samples": {"test": 128, "calibration": 128, "train": 128}}
+
+
+def test_the_three_are_told_apart(tasks) -> None:
+    assert [tasks[fusion].name for fusion in ("middle", "early", "late")] == ["drive", "drive_early", "drive_late"]
+    assert len({tuple(task.model.state_dict()) for task in tasks.values()}) == 3
 
 
 def engine_answers(task: Task, network: Network, folder: Path, batches: list[Batch]) -> tuple[dict[str, Array], Array]:
@@ -226,7 +229,7 @@ def test_the_engine_says_what_pytorch_says(tasks, tested, fusion: str, tmp_path:
 
 
 @each_fusion
-def test_half_of_the_work_can_be_pruned_and_restored(tasks, tested, fusion: str, tmp_path: Path) -> None:
+def test_half_of_the_work_can_be_pruned_and_restored(tasks, tested, fusion: str) -> None:
     task = tasks[fusion]
     context, stage = context_of(task), Prune(Prune.Config(macs=0.5))
     saved = stage.run(Network(task.model), context)
@@ -235,10 +238,10 @@ def test_half_of_the_work_can_be_pruned_and_restored(tasks, tested, fusion: str,
     kept = Saved(load(save(dict(saved.tensors))), json.loads(json.dumps(saved.edits)))
     module = stage.restore(Network(knowing_nothing(task.model)), kept, context).module
     assert count(module, as_tensors(task.example().inputs), task.outputs) == saved.edits["after"]
-    expected, _ = answers(task, module, tested[:1])
-    found, _ = engine_answers(task, Network(module), tmp_path, tested[:1])
-    for name, array in expected.items():
-        assert cosine(found[name], array) >= 0.9999
+    outputs, targets = answers(task, module, tested[:2])
+    assert task.score(outputs, targets) > 0.05  # untrained since, but what was learned is not all lost
+    again = stage.restore(Network(task.model), saved, context).module
+    assert np.array_equal(answers(task, again, tested[:2])[0]["distance"], outputs["distance"])
 
 
 @each_fusion
