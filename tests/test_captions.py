@@ -36,6 +36,14 @@ def task() -> Task:
     return captions.task()
 
 
+@pytest.fixture(scope="module")
+def whole(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The network as ONNX, before it is cut."""
+    path = tmp_path_factory.mktemp("whole") / "model.onnx"
+    write(onnx_of(Network(task.model), task), path)
+    return path
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -90,9 +98,9 @@ def test_it_is_small(task: Task) -> None:
 
 
 def test_the_teacher_needs_both_modalities(task: Task) -> None:
-    assert score(task) > 0.95
-    assert score(task, "image") < 0.6
-    assert score(task, "text") < 0.8
+    assert score(task) > 0.98
+    assert score(task, "image") < 0.5
+    assert score(task, "text") < 0.5
 
 
 def test_a_word_does_not_see_those_after_it(task: Task) -> None:
@@ -113,14 +121,13 @@ def greedy_in_pytorch(task: Task, image: torch.Tensor) -> np.ndarray:
         return data.greedy(decoder, task.model.encoder(image).numpy())
 
 
-def test_the_two_engines_write_the_captions_that_pytorch_writes(task: Task, tmp_path: Path) -> None:
+def test_the_two_engines_write_the_captions_that_pytorch_writes(task: Task, whole: Path, tmp_path: Path) -> None:
     bleu_score = pytest.importorskip("torchmetrics.functional.text").bleu_score
     batch = task.example()
     expected = greedy_in_pytorch(task, torch.from_numpy(batch.inputs["image"]))
-    target, whole = OnnxRuntime(), onnx_of(Network(task.model), task)
-    write(whole, tmp_path / "whole.onnx")
+    target = OnnxRuntime()
     for part in task.components:
-        model = ir.load(tmp_path / "whole.onnx")
+        model = ir.load(whole)
         cut(model, part)
         write(model, tmp_path / f"{part.name}.onnx")
         (tmp_path / part.name).mkdir()
@@ -149,15 +156,15 @@ def test_greedy_decoding_stops_at_the_end_and_reads_its_own_words() -> None:
     assert seen[-1][:, :6].tolist() == [[data.BEGIN, 1, 2, 3, 4, 0], [data.BEGIN, 1, 2, 0, 0, 0]]
 
 
-def test_the_engine_agrees_also_after_pruning(task: Task) -> None:
-    assert_engine_agrees(task, task.model)
+def test_the_engine_agrees_also_after_pruning(task: Task, whole: Path) -> None:
+    assert_engine_agrees(task, task.model, ir.load(whole))
     module, edits = prune(task, macs=0.6, round_to=8)
     assert edits["after"]["macs"] <= 0.6 * edits["before"]["macs"]
     assert_engine_agrees(task, module)
 
 
 def test_int8_keeps_nearly_all_of_the_score(task: Task) -> None:
-    context, stage = context_of(task), Quantize(Quantize.Config(calibration={"samples": 128}))
+    context, stage = context_of(task), Quantize(Quantize.Config(calibration={"samples": 64}))
     saved = stage.run(Network(task.model), context)
     reloaded = Saved(load(save(dict(saved.tensors))), json.loads(json.dumps(saved.edits)))
     module = stage.restore(Network(task.model), reloaded, context).module

@@ -1,6 +1,6 @@
 """``captions``: what a picture of coloured shapes shows, in words, by an encoder and a decoder.
 
-A trained network of 0.33 M parameters. ``data`` says what is captioned and writes captions, ``model`` what is
+A trained network of 0.30 M parameters. ``data`` says what is captioned and writes captions, ``model`` what is
 compressed, ``train_teacher`` how the weights came to be.
 """
 

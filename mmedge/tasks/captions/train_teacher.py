@@ -3,6 +3,9 @@
 Run ``python -m mmedge.tasks.captions.train_teacher``. Scenes are drawn afresh for every batch. A head that is thrown
 away afterwards tells the encoder what stands in each place, so that the decoder finds something to look at from the
 start. Weights are kept in bfloat16 to halve the file and run in float32.
+
+The committed weights are those of the defaults: 1500 steps of 64, three and a half minutes of one thread's time. Of the
+words of the test split they get 99.6 % right after the right words before; with the image blank 27 %.
 """
 
 from __future__ import annotations
@@ -113,7 +116,7 @@ def word_accuracy(net: nn.Module) -> str:
 
 def main() -> None:
     """Train for ``--steps`` steps and write ``--output``."""
-    chosen = options(3000, Path(__file__).with_name("teacher.safetensors"))
+    chosen = options(1500, Path(__file__).with_name("teacher.safetensors"))
     torch.manual_seed(chosen.seed)
     rng = np.random.default_rng([200, chosen.seed])
     trainer = Trainer()
