@@ -154,7 +154,7 @@ def test_the_loss_counts_distance_only_where_there_is_an_object() -> None:
 
 # --- what the trained networks reach
 
-REACHED = {"middle": 0.8, "early": 0.8, "late": 0.8}
+REACHED = {"middle": 0.82, "early": 0.82, "late": 0.8}  # on the first 512 test samples: 0.840, 0.840, 0.818
 
 
 @each_fusion

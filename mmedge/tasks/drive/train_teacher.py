@@ -3,6 +3,21 @@
 Run ``python -m mmedge.tasks.drive.train_teacher [--fusion early|middle|late]``. Scenes are drawn afresh for every
 batch. Camera or lidar is blanked in a twentieth of the samples each, so that an answer is left when a sensor fails.
 Weights are kept in float16 to halve the file and run in float32.
+
+The committed weights are those of seed 0 after 3000 steps, of the middle one after 2400 (``--steps 2400``): 122 s of
+processor time on one thread for the middle one, 159 s for the late, 208 s for the early, which convolves a larger
+raster. What they reach on the 2,048 test samples, the fraction with class and distance right, and with one input blank:
+
+====== ====== ========= ======== ======== =================
+fusion whole  no camera no lidar no speed distance error, m
+====== ====== ========= ======== ======== =================
+middle 0.8716 0.5581    0.5146   0.3398   0.79
+early  0.8633 0.5327    0.5474   0.4058   0.81
+late   0.8604 0.5269    0.2593   0.3120   1.10
+====== ====== ========= ======== ======== =================
+
+The error is the mean absolute one where there is an object; 6.58 m is that of the median distance as a constant guess.
+Without a lidar the late one has not learned to turn to its camera: its gates see no reason to.
 """
 
 from __future__ import annotations
