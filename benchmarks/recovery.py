@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,14 +52,20 @@ def recipe(task: str, training: dict[str, Any], losses: dict[str, Any]) -> dict[
     }
 
 
-def run(task: str, training: dict[str, Any], losses: dict[str, Any]) -> dict[str, Any]:
-    """One run of the line; the figures of the baseline, after pruning and at the end."""
+def run(task: str, training: dict[str, Any], losses: dict[str, Any], artifacts: Path) -> dict[str, Any]:
+    """One run of the line; the figures of the baseline, after pruning and at the end.
+
+    ``artifacts`` is taken from the run before and left for the next: both prune the same network alike, once.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "recovery.yaml"
+        file, place = Path(folder) / "recovery.yaml", Path(folder) / "run"
         file.write_text(yaml.safe_dump(recipe(task, training, losses), sort_keys=False), encoding="utf-8")
-        command = [sys.executable, "-m", "mmedge.cli.main", "compress", "--recipe", str(file), "--json"]
+        if artifacts.exists():
+            shutil.copytree(artifacts, place / "artifacts")
+        command = [sys.executable, "-m", "mmedge", "compress", "--recipe", str(file), "--output", str(place), "--json"]
         started = time.monotonic()
         done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, check=True)
+        shutil.copytree(place / "artifacts", artifacts, dirs_exist_ok=True)
     report = json.loads(done.stdout)
     stages = {}
     for stage in report["stages"]:
@@ -89,14 +96,15 @@ def main() -> None:
     options = parser.parse_args()
     changes = {name: yaml.safe_load(value) for name, _, value in (each.partition("=") for each in options.set)}
     for task in options.tasks:
-        for teacher, losses in TEACHERS.items():
-            if options.only in (None, teacher):
-                found = run(task, {**TRAINING, **changes}, losses)
-                known = json.loads(options.output.read_text()) if options.output.exists() else {}
-                known.setdefault(task, {})[teacher] = found
-                options.output.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-                last = found["stages"]["distill"]
-                print(f"{task}, {teacher}: drop {100 * last['drop']:.2f} points, {found['seconds']} s", flush=True)
+        with tempfile.TemporaryDirectory() as kept:
+            for teacher, losses in TEACHERS.items():
+                if options.only in (None, teacher):
+                    found = run(task, {**TRAINING, **changes}, losses, Path(kept) / "artifacts")
+                    known = json.loads(options.output.read_text()) if options.output.exists() else {}
+                    known.setdefault(task, {})[teacher] = found
+                    options.output.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+                    drop = 100 * found["stages"]["distill"]["drop"]
+                    print(f"{task}, {teacher}: drop {drop:.2f} points, {found['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

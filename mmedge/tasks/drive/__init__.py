@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from mmedge.task import Batch, Metric, Split, Task, load_weights
+from mmedge.tasks import metrics
 from mmedge.tasks.drive import data
 from mmedge.tasks.shipped import shipped
 from mmedge.tensors import Array, TensorSpec
@@ -86,5 +87,6 @@ def _task(fusion: Fusion) -> Task:
         batches=batches,
         loss=loss,
         metric=Metric("right_object_within_10%", right_object_and_distance),
+        also=(metrics.f1("object", column=0), metrics.mae("distance", column=1, ignore=0.0)),
         student=partial(network, fusion, half=True),
     )
