@@ -79,7 +79,8 @@ def fit(module: nn.Module, objective: Callable[[], Tensor], steps: int, rate: fl
         optimizer.step()
         schedule.step()
         if step % 500 == 0 or step == steps:
-            said = report() if not module.eval().training else ""
+            module.eval()
+            said = report()
             module.train()
             print(f"step {step}: loss {value:.3f}, {said}, {time.monotonic() - started:.0f} s", flush=True)
     module.eval()
