@@ -1,8 +1,8 @@
 """``av_qa``: questions about a written and a spoken digit, answered by three towers and a transformer over them.
 
-A trained network of 0.47 M parameters: 95.9 % of the 3,000 test questions right; 50.2 % without the image, 64.5 % without
-the sound, 33.6 % without the question. ``data`` says what is asked, ``model`` what is compressed, ``train_teacher`` how
-the weights came to be.
+A trained network of 0.47 M parameters: 95.9 % of the 3,000 test questions right; 50.2 % without the image, 64.5 %
+without the sound, 33.6 % without the question. ``data`` says what is asked, ``model`` what is compressed,
+``train_teacher`` how the weights came to be.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train the teacher of ``av_qa`` and write ``teacher.safetensors``.
 
-Run ``python -m mmedge.tasks.av_qa.train_teacher``: about three minutes on one thread. Samples are drawn afresh for every
-batch. One modality is missing in a twentieth of the samples each, so that an answer is left when a sensor fails. Weights
-are kept in float16 to halve the file and run in float32.
+Run ``python -m mmedge.tasks.av_qa.train_teacher``: about three minutes on one thread. Samples are drawn afresh for
+every batch. One modality is missing in a twentieth of the samples each, so that an answer is left when a sensor fails.
+Weights are kept in float16 to halve the file and run in float32.
 """
 
 from __future__ import annotations
