@@ -16,10 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from mmedge.pipeline.folder import RunFolder, identity_of
+from mmedge.recipe import load_recipe, plan, resolved
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
 PRUNE = {"macs": 0.25, "importance": "taylor", "round_to": 16}
@@ -61,6 +65,9 @@ def run(task: str, training: dict[str, Any], losses: dict[str, Any], artifacts: 
         file, place = Path(folder) / "recovery.yaml", Path(folder) / "run"
         file.write_text(yaml.safe_dump(recipe(task, training, losses), sort_keys=False), encoding="utf-8")
         if artifacts.exists():
+            known = load_recipe(file)
+            with (begun := RunFolder(place)).locked():
+                begun.claim(identity_of(resolved(known, plan(known, file.name)), 0))
             shutil.copytree(artifacts, place / "artifacts")
         command = [sys.executable, "-m", "mmedge", "compress", "--recipe", str(file), "--output", str(place), "--json"]
         started = time.monotonic()
@@ -92,19 +99,20 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=["av_digits", "scene_vqa", "scene_clip"])
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the training")
     parser.add_argument("--only", choices=list(TEACHERS))
+    parser.add_argument("--keep", type=Path, help="a folder for artifacts, so that another run finds them")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     changes = {name: yaml.safe_load(value) for name, _, value in (each.partition("=") for each in options.set)}
-    for task in options.tasks:
-        with tempfile.TemporaryDirectory() as kept:
-            for teacher, losses in TEACHERS.items():
-                if options.only in (None, teacher):
-                    found = run(task, {**TRAINING, **changes}, losses, Path(kept) / "artifacts")
-                    known = json.loads(options.output.read_text()) if options.output.exists() else {}
-                    known.setdefault(task, {})[teacher] = found
-                    options.output.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-                    drop = 100 * found["stages"]["distill"]["drop"]
-                    print(f"{task}, {teacher}: drop {drop:.2f} points, {found['seconds']} s", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        keep = options.keep or Path(scratch)
+        for task, (teacher, losses) in product(options.tasks, TEACHERS.items()):
+            if options.only in (None, teacher):
+                found = run(task, {**TRAINING, **changes}, losses, keep / task / "artifacts")
+                known = json.loads(options.output.read_text()) if options.output.exists() else {}
+                known.setdefault(task, {})[teacher] = found
+                options.output.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+                drop = 100 * found["stages"]["distill"]["drop"]
+                print(f"{task}, {teacher}: drop {drop:.2f} points, {found['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":
