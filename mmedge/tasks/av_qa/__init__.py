@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from mmedge.task import Batch, Metric, Split, Task, accuracy
+from mmedge.tasks import metrics
 from mmedge.tasks.av_qa import data
 from mmedge.tasks.shipped import trained_weights
 from mmedge.tensors import TensorSpec
@@ -64,5 +65,6 @@ def task() -> Task:
         batches=batches,
         loss=loss,
         metric=Metric("accuracy", accuracy),
+        also=(metrics.f1(), metrics.calibration_error()),
         student=student,
     )
