@@ -1,10 +1,10 @@
 """Train the teacher of ``gated_vqa`` in three parts and write ``teacher.safetensors``.
 
-Run ``python -m mmedge.tasks.gated_vqa.train_teacher``: three and a half minutes of one thread's time. First the language
-model learns from text, without an image, what is asked and which words answer it. Then the vision tower learns what each
-patch shows, with heads that are thrown away. Both stay as they are while the gated blocks between them learn to answer.
-Samples are drawn afresh for every batch; in the last part, one modality is missing in a twentieth of them each. Weights
-are kept in float16 to halve the file and run in float32.
+Run ``python -m mmedge.tasks.gated_vqa.train_teacher``: three and a half minutes of one thread's time. First the
+language model learns from text, without an image, what is asked and which words answer it. Then the vision tower
+learns what each patch shows, with heads that are thrown away. Both stay as they are while the gated blocks between
+them learn to answer. Samples are drawn afresh for every batch; in the last part, one modality is missing in a
+twentieth of them each. Weights are kept in float16 to halve the file and run in float32.
 """
 
 from __future__ import annotations
