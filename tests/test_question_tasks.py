@@ -127,7 +127,13 @@ def test_every_answer_about_a_scene_is_that_of_the_scene() -> None:
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_the_teacher_is_good(name: str, tasks: dict[str, Task]) -> None:
-    assert training.score(tasks[name], batches=8) > RIGHT
+    task = tasks[name]
+    outputs, targets = training.answers(task, islice(task.stream("test"), 8))
+    assert task.score(outputs, targets) > RIGHT
+    assert {metric.name: metric.higher_is_better for metric in task.also} == {"f1": True, "calibration_error": False}
+    f1, error = (metric.score(outputs, targets) for metric in task.also)
+    assert f1 > 0.9
+    assert 0 < error < 0.15
 
 
 @pytest.mark.parametrize(("name", "modality"), MODALITIES)
