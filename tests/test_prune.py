@@ -236,11 +236,30 @@ def test_narrow_layers_are_rounded_to_smaller_powers_of_two_and_say_so() -> None
     assert any(text.startswith("image.stem.0") for text in said)
 
 
+def test_a_network_too_narrow_for_the_rounding_goes_on_as_it_is_and_the_user_is_told() -> None:
+    """A recipe must not end at a tiny model whose every layer is narrower than the multiple that kernels like."""
+    said: list[str] = []
+
+    class Listening(Progress):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    task = av_digits()
+    stage, context = Prune(Prune.Config(width=0.99, importance="magnitude")), context_of(task, Listening())
+    saved = stage.run(Network(task.model), context)
+    assert saved.edits["widths"] == {}
+    assert saved.edits["before"] == saved.edits["after"]
+    assert any("goes on as it is" in text and "is all" in text for text in said)
+    inputs = {name: torch.from_numpy(value) for name, value in task.example().inputs.items()}
+    restored = stage.restore(Network(task.model), saved, context).module
+    with torch.no_grad():
+        assert torch.equal(restored(**inputs), task.model(**inputs))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"width": 0.1}, "attention.*4 heads leaves less than one"),
-        ({"width": 0.99}, "nothing could be pruned"),
         ({"keep": ["*"]}, "nothing could be pruned.*keep names"),
         ({"width": 1.0, "depth": 0.99}, "nothing could be pruned"),
     ],

@@ -129,8 +129,9 @@ class Prune(Stage):
         """Prune a copy of the network.
 
         Raises:
-            StageError: nothing can be removed, a layer would lose its last channel or head, the budget cannot be
-                reached, or a name in ``keep``, ``towers`` or ``widths`` does not exist.
+            StageError: nothing can be removed (where only rounding keeps layers whole, the network goes on instead), a
+                layer would lose its last channel or head, the budget cannot be reached, or a name in ``keep``,
+                ``towers`` or ``widths`` does not exist.
         """
         work = _Work(self.config, network.module, context)
         work.drop_blocks()
@@ -140,7 +141,10 @@ class Prune(Stage):
             if self.config.recover is not None and (work.depth or work.widths):
                 distil(work.module, self.config.recover, context, "recover")
         if not work.depth and not work.widths:
-            raise self._nothing({**work.plan.left_alone, **work.rolled_back})
+            reasons = {**work.plan.left_alone, **work.rolled_back}
+            if work.rolled_back or not work.plan.as_wide:
+                raise self._nothing(reasons)
+            context.progress.say(f"nothing is narrowed, the network goes on as it is ({_listed(reasons)})")
         edits = {
             "depth": work.depth,
             "baked": work.baked,
@@ -182,9 +186,8 @@ class Prune(Stage):
         return Network(module.eval(), network.form)
 
     def _nothing(self, reasons: Mapping[str, str]) -> StageError:
-        listed = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:5])
         return StageError(
-            f"nothing could be pruned ({listed or 'no layer is wide enough'})",
+            f"nothing could be pruned ({_listed(reasons)})",
             where="prune",
             fix=f"ask for less width, macs or parameters, lower depth ({self.config.depth}) or round_to "
             f"({self.config.round_to}), or shorten keep",
@@ -359,6 +362,10 @@ def _without_protected(found: Found, module: nn.Module, protected: Protected) ->
         else:
             groups.append(group)
     return Found(tuple(groups), left)
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:5]) or "no layer is wide enough"
 
 
 def _tell(context: Context, edits: Mapping[str, Any]) -> None:

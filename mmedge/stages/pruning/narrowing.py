@@ -27,6 +27,7 @@ class Plan:
         cuts: what is removed.
         rounded_to: groups whose width could not be a multiple of ``round_to``, and of what it became one.
         left_alone: what was not tried.
+        as_wide: of that, what keeps all of its width only because of rounding.
         rolled_back: what was tried and broke the network.
     """
 
@@ -34,6 +35,7 @@ class Plan:
     cuts: list[Cut] = field(default_factory=list)
     rounded_to: dict[str, int] = field(default_factory=dict)
     left_alone: dict[str, str] = field(default_factory=dict)
+    as_wide: tuple[str, ...] = ()
     rolled_back: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -55,6 +57,7 @@ def evenly(found: Found, ratios: Mapping[str, float], round_to: int) -> tuple[Wa
         if kept == group.width:
             whole = f"{ratios[group.key]} of {group.width} channels, rounded to a multiple of {step}, is all"
             plan.left_alone[group.name] = whole
+            plan.as_wide += (group.name,) if ratios[group.key] < 1 else ()
             continue
         wanted.append((group, kept))
         if not group.whole_heads and step % round_to:
