@@ -125,6 +125,12 @@ class Task:
         """The modalities, in the order of the inputs."""
         return tuple(dict.fromkeys(spec.modality for spec in self.inputs))
 
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The outputs without those that one component hands on to another: these are hidden features, of any width."""
+        handed_on = {name for part in self.components for name in part.inputs}
+        return tuple(name for name in self.outputs if name not in handed_on) or self.outputs
+
     def stream(self, split: Split, seed: int = 0) -> Iterator[Batch]:
         """The batches of ``split``, each checked against the declared inputs.
 

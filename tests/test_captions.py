@@ -25,6 +25,7 @@ from mmedge.lower.cut import cut
 from mmedge.lower.export import onnx_of, write
 from mmedge.stages.base import Network, Saved, as_tensors
 from mmedge.stages.quantize import Quantize
+from mmedge.stages.training import Training, distil
 from mmedge.targets.onnxruntime import OnnxRuntime
 from mmedge.task import Task
 from mmedge.tasks import captions, scenes
@@ -170,3 +171,14 @@ def test_int8_keeps_nearly_all_of_the_score(task: Task) -> None:
     module = stage.restore(Network(task.model), reloaded, context).module
     assert len(saved.edits["quantized"]) > 20
     assert score(task, module=module, batches=2) > score(task, batches=2) - 0.05
+
+
+def test_its_own_student_learns_the_words_and_not_the_hidden_features_of_another_width(task: Task) -> None:
+    """``encoder_hidden`` is an output only because two engines hand it on; the student's is half as wide."""
+    assert task.answers == ("logits",)
+    settings = Training(samples=64, epochs=1, features=3.0, precision="fp32")
+    assert settings.naming(task.answers).logits.outputs == ("logits",)
+    student = captions.student()
+    before = student.decoder.head.weight.clone()
+    distil(student, settings, context_of(task), "distill")
+    assert not torch.equal(before, student.decoder.head.weight)

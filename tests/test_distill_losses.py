@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -65,7 +66,8 @@ def test_what_regression_names_is_left_out_of_the_scores() -> None:
     student, teacher = Seen(outputs), Seen(made(1, box=(3, 4), score=(3, 2)))
     both = training(logits=2.0, regression={"outputs": ["box"], "weight": 3.0})
     parts = [float(LOSSES[name](student, teacher, both)) for name in ("logits", "regression")]
-    found = total(both, None, student, teacher, torch.zeros(3))  # type: ignore[arg-type]  # no labels, so no task
+    task = SimpleNamespace(answers=("box", "score"))  # no labels, so no more of a task
+    found = total(both, task, student, teacher, torch.zeros(3))  # type: ignore[arg-type]
     assert float(found) == pytest.approx(2 * parts[0] + 3 * parts[1])
 
 

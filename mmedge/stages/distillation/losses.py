@@ -29,9 +29,10 @@ def total(settings: Training, task: Task, student: Seen, teacher: Seen | None, t
         if settings.labels
         else torch.zeros((), device=targets.device)
     )
+    named = settings.naming(task.answers)
     for name, distance in LOSSES.items():
         if weight := getattr(settings, name).weight:
-            loss = loss + weight * distance(student, teacher, settings)
+            loss = loss + weight * distance(student, teacher, named)
     return loss
 
 

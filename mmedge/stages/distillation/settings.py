@@ -41,7 +41,7 @@ class OutputsLoss(Loss):
     """A loss on the network's outputs.
 
     Attributes:
-        outputs: their names; empty for all that suit.
+        outputs: their names; empty for all that suit, hidden features between two components not among them.
     """
 
     outputs: tuple[str, ...] = ()
@@ -183,6 +183,12 @@ class Training(StageConfig):
     def valued(self, outputs: Iterable[str]) -> tuple[str, ...]:
         """The outputs that ``regression`` compares."""
         return self.regression.outputs or tuple(outputs)
+
+    def naming(self, outputs: Iterable[str]) -> Training:
+        """These settings, with what ``logits`` and ``regression`` compare of ``outputs`` written out."""
+        scored, valued = ({"outputs": tuple(each(outputs))} for each in (self.scored, self.valued))
+        update = {"logits": self.logits.model_copy(update=scored)}
+        return self.model_copy(update=update | {"regression": self.regression.model_copy(update=valued)})
 
     def feature_layers(self) -> tuple[tuple[str, str], ...]:
         """Layers whose features are compared: the student's and the teacher's."""

@@ -136,8 +136,8 @@ def _different(what: str, mine: Tensor, theirs: Tensor, where: str) -> StageErro
 
 def _compared(settings: Training, task: Task) -> list[str]:
     """Outputs that must have one shape. Affinities are of one size whatever the width of the embeddings."""
-    names = list(settings.scored(task.outputs)) if settings.logits.weight else []
-    names += settings.valued(task.outputs) if settings.regression.weight else ()
+    names = list(settings.scored(task.answers)) if settings.logits.weight else []
+    names += settings.valued(task.answers) if settings.regression.weight else ()
     names += pair_of(settings.contrastive, task.outputs) if settings.contrastive.weight else ()
     names += [generated(settings.sequence, task.outputs)] if settings.sequence.weight else []
     return list(dict.fromkeys(names))
