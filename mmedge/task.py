@@ -82,11 +82,42 @@ class Component:
         name: short, used in file names.
         inputs: names of inputs of the task, or of outputs that another component makes.
         outputs: names of outputs of the task.
+        cache: of a decoder that writes token by token, its input of tokens ``(batch, length)``. Beside the decoder as
+            it is, which reads all tokens again for each one it writes, there are then two more graphs: ``NAME_memory``
+            makes once of the other inputs what the tokens do not change, ``NAME_step`` reads one token at a time and
+            remembers those before it. Each place may depend on the tokens up to itself alone.
     """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    cache: str = ""
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """The graphs that come of it."""
+        if not self.cache:
+            return (Piece(self, "whole"),)
+        memory = (Piece(self, "memory"),) if len(self.inputs) > 1 else ()
+        return (Piece(self, "whole"), *memory, Piece(self, "step"))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One graph of a component.
+
+    Attributes:
+        component: which.
+        role: ``whole``: as it is; of one with a ``cache`` also ``memory`` and ``step``.
+    """
+
+    component: Component
+    role: Literal["whole", "memory", "step"]
+
+    @property
+    def name(self) -> str:
+        """Used in file names."""
+        return self.component.name if self.role == "whole" else f"{self.component.name}_{self.role}"
 
 
 @dataclass(frozen=True)
@@ -423,7 +454,7 @@ def _wrong_specs(task: Task) -> list[str]:
 
 
 def _wrong_components(task: Task) -> list[str]:
-    names = [part.name for part in task.components]
+    names = [piece.name for part in task.components for piece in part.pieces]
     problems = [f"two components are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
     given = {spec.name for spec in task.inputs}
     for part in task.components:
@@ -440,4 +471,21 @@ def _wrong_components(task: Task) -> list[str]:
         ]
         if not part.inputs or not part.outputs:
             problems.append(f"{part.name}: inputs and outputs must not be empty")
+        if part.cache:
+            problems += _wrong_cache(part, {spec.name: spec for spec in task.inputs})
+    return problems
+
+
+def _wrong_cache(part: Component, given: Mapping[str, TensorSpec]) -> list[str]:
+    """What keeps the tokens of a component from being read one by one."""
+    named = f"{part.name}: cache {part.cache!r}"
+    if part.cache not in part.inputs:
+        return [f"{named} is none of its inputs: {', '.join(part.inputs)}"]
+    if part.cache not in given:
+        return [f"{named} is made by another component; it must be an input of the task"]
+    spec, problems = given[part.cache], []
+    if spec.dtype not in ("int64", "int32"):
+        problems.append(f"{named} is {spec.dtype}, and tokens are int64 or int32")
+    if len(spec.shape) != 2 or not isinstance(spec.shape[1], int):
+        problems.append(f'{named} has the shape {spec.shape}, and tokens are ("batch", length)')
     return problems
