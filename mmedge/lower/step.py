@@ -14,17 +14,45 @@ import numpy as np
 import onnx_ir as ir
 
 from mmedge.errors import StageError
+from mmedge.lower.cut import cut
 from mmedge.lower.passes import add_constant, constant, remove_unused
 from mmedge.lower.places import BATCH, LEAVE_OUT, Walk, sizes_of
 from mmedge.lower.shape import save
 from mmedge.targets.base import Runner
 from mmedge.targets.decoding import Cache, Decoding
 from mmedge.targets.onnxruntime import OnnxRuntime
-from mmedge.task import Component
+from mmedge.task import Component, Piece
 from mmedge.tensors import Array
 
+VERSION = 1  # raise it when what is made here changes: cached graphs expire
 STEPS = 16  # compared with the whole decoder when a step is made
 FLOAT, ROUNDED = 1e-3, 0.1  # how far its outputs may be off, relative to the largest; where INT8 rounds, a step of it
+
+
+def piece_of(path: Path, piece: Piece) -> tuple[ir.Model, Cache | None]:
+    """One graph of a component, cut from a whole network's.
+
+    Args:
+        path: of the network's graph.
+        piece: which.
+
+    Returns:
+        The graph, and of a ``step`` how it is fed.
+
+    Raises:
+        StageError: the component cannot be cut, or its tokens cannot be read one by one; see ``check``.
+    """
+    model = ir.load(path)
+    cut(model, piece.component)
+    if piece.role == "memory":
+        memory_of(model, piece.component)
+    if piece.role != "step":
+        return model, None
+    cache = step_of(model, piece.component)
+    roles = {each.role: each for each in piece.component.pieces}
+    memory = piece_of(path, roles["memory"])[0] if "memory" in roles else None
+    check(piece_of(path, roles["whole"])[0], memory, model, cache, piece.component.name)
+    return model, cache
 
 
 def memory_of(model: ir.Model, component: Component) -> None:
@@ -38,10 +66,9 @@ def memory_of(model: ir.Model, component: Component) -> None:
         StageError: something in it does not count samples along its first dimension.
     """
     _prepare(model, component)
-    kept = [value for value in _frontier(model, component)]
     graph = model.graph
     outputs = []
-    for number, value in enumerate(kept):
+    for number, value in enumerate(_frontier(model, component)):
         made = value if value.producer() is not None else _copied(model, value)
         made.name = f"memory_{number}"
         outputs.append(made)
@@ -238,7 +265,7 @@ def _tidy(model: ir.Model) -> None:
 # --- does it do the same?
 
 
-def check(whole: ir.Model, memory: ir.Model | None, step: ir.Model, cache: Cache) -> None:
+def check(whole: ir.Model, memory: ir.Model | None, step: ir.Model, cache: Cache, name: str) -> None:
     """Compare the first steps with the whole decoder on random inputs.
 
     Args:
@@ -246,6 +273,7 @@ def check(whole: ir.Model, memory: ir.Model | None, step: ir.Model, cache: Cache
         memory: of ``memory_of``, None where the decoder reads tokens alone.
         step: of ``step_of``.
         cache: of ``step_of``.
+        name: the component's, for errors.
 
     Raises:
         StageError: a place depends on tokens after it, or steps give other values.
@@ -254,8 +282,7 @@ def check(whole: ir.Model, memory: ir.Model | None, step: ir.Model, cache: Cache
     feeds = {str(value.name): _random(value, 4, rng, _entries(whole, cache.token)) for value in whole.graph.inputs}
     with _running(whole) as run:
         expected = run(feeds)
-        _check_causal(run, feeds, expected, cache)
-    found = {name: expected[name] for name in cache.outputs}
+        _check_causal(run, feeds, expected, cache, name)
     others = {name: array for name, array in feeds.items() if name != cache.token}
     known = {}
     if memory is not None:
@@ -265,27 +292,29 @@ def check(whole: ir.Model, memory: ir.Model | None, step: ir.Model, cache: Cache
         decoding = Decoding(run, cache, known, 4)
         made = [decoding.next(feeds[cache.token][:, place]) for place in range(min(STEPS, cache.length))]
     allowed = ROUNDED if any(node.op_type == "QuantizeLinear" for node in step.graph) else FLOAT
-    for name, axis in cache.outputs.items():
-        steps = np.stack([each[name] for each in made], axis=axis)
-        wanted = found[name].take(range(len(made)), axis=axis)
+    for output, axis in cache.outputs.items():
+        steps = np.stack([each[output] for each in made], axis=axis)
+        wanted = expected[output].take(range(len(made)), axis=axis)
         off = float(np.abs(steps - wanted).max() / (np.abs(wanted).max() or 1))
         if not off <= allowed:
-            problem = f"{name} of {len(made)} steps is off by {off:.2g} of its largest value from that of all at once"
-            raise StageError(problem, where="cache", fix=LEAVE_OUT)
+            problem = f"{output} of {len(made)} steps is off by {off:.2g} of its largest value from that of all at once"
+            raise StageError(problem, where=f"component {name}: cache", fix=LEAVE_OUT)
 
 
-def _check_causal(run: Runner, feeds: Mapping[str, Array], expected: Mapping[str, Array], cache: Cache) -> None:
+def _check_causal(
+    run: Runner, feeds: Mapping[str, Array], expected: Mapping[str, Array], cache: Cache, name: str
+) -> None:
     """Other tokens from some place on must leave the places before it as they are."""
     tokens = feeds[cache.token]
     for place in sorted({1, cache.length // 2, cache.length - 1} - {0}):
         other = tokens.copy()
         other[:, place:] = tokens[::-1, place:]
         found = run({**feeds, cache.token: other})
-        for name, axis in cache.outputs.items():
-            before, after = (array.take(range(place), axis=axis) for array in (expected[name], found[name]))
+        for output, axis in cache.outputs.items():
+            before, after = (array.take(range(place), axis=axis) for array in (expected[output], found[output]))
             if not np.allclose(before, after, rtol=0, atol=1e-4 * (np.abs(before).max() or 1)):
-                problem = f"{name} before place {place} depends on the tokens from there on: the decoder looks ahead"
-                raise StageError(problem, where="cache", fix=LEAVE_OUT)
+                problem = f"{output} before place {place} depends on the tokens from there on: the decoder looks ahead"
+                raise StageError(problem, where=f"component {name}: cache", fix=LEAVE_OUT)
 
 
 @contextmanager

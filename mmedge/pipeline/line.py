@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -17,8 +16,10 @@ from torch import Tensor
 from mmedge.artifact import Artifact, Store
 from mmedge.errors import ArtifactError
 from mmedge.lower import shape
-from mmedge.lower.cut import cut, specs_of
+from mmedge.lower.cut import specs_of
 from mmedge.lower.export import OPSET, archive_of, onnx_of, write
+from mmedge.lower.step import VERSION as PIECES
+from mmedge.lower.step import piece_of
 from mmedge.pipeline.engines import build_engine, place_name
 from mmedge.pipeline.environment import versions_of
 from mmedge.pipeline.judge import Judge, Stopwatch
@@ -30,7 +31,7 @@ from mmedge.stages.structure import count
 from mmedge.targets.base import Target
 from mmedge.targets.lowered import write_description
 from mmedge.targets.onnx_graph import place
-from mmedge.task import Component, Task
+from mmedge.task import Piece, Task
 from mmedge.tensors import Array
 
 BASELINE = "baseline"
@@ -193,23 +194,24 @@ class Line:
 
         return self.store.make("onnx", f"{step.name}-{form}", inputs, fill, step.artifact)
 
-    def part(self, step: Step, component: Component) -> Artifact:
-        """A component of the step's network as ``model.onnx``."""
+    def part(self, step: Step, piece: Piece) -> Artifact:
+        """A component of the step's network, or what a decoder with a cache is made of, as ``model.onnx``."""
         whole = self.portable(step, "onnx")
-        inputs = {"whole": whole.digest, "component": vars(component)}
+        inputs = {"whole": whole.digest, "component": vars(piece.component), "role": piece.role}
+        inputs |= {"version": PIECES} if piece.role != "whole" else {}
 
         def fill(folder: Path) -> dict[str, Any]:
-            model = ir.load(whole.file("model.onnx"))
-            cut(model, component)
+            model, cache = piece_of(whole.file("model.onnx"), piece)
             write(model, folder / "model.onnx")
-            known = {spec.name: spec.as_json() for spec in self.task.inputs}
-            specs = [known.get(spec["name"], spec) for spec in specs_of(model)]
-            return {"inputs": specs, "outputs": list(component.outputs)}
+            modality = {spec.name: spec.modality for spec in self.task.inputs}
+            specs = [spec | {"modality": modality.get(spec["name"], "")} for spec in specs_of(model)]
+            about = {"inputs": specs, "outputs": [str(value.name) for value in model.graph.outputs]}
+            return about | ({"cache": cache.as_json()} if cache else {})
 
-        return self.store.make("onnx", f"{step.name}-{component.name}", inputs, fill, whole)
+        return self.store.make("onnx", f"{step.name}-{piece.name}", inputs, fill, whole)
 
     def lowered(
-        self, step: Step, target: Target, released: tuple[str, ...] = (), component: Component | None = None
+        self, step: Step, target: Target, released: tuple[str, ...] = (), piece: Piece | None = None
     ) -> Artifact:
         """The step's network in the form that a target builds from: ``model.onnx`` (or ``.pt2``) and what it must know.
 
@@ -217,10 +219,10 @@ class Line:
             step: which network.
             target: in the form that is wanted.
             released: INT8 layers that this engine keeps in floating point.
-            component: which part of the network, None for all of it; from ONNX only.
+            piece: which part of the network, None for all of it; from ONNX only.
         """
         lowering = target.lowering
-        portable = self.part(step, component) if component else self.portable(step, lowering.format)
+        portable = self.part(step, piece) if piece else self.portable(step, lowering.format)
         if step.half is not None:
             lowering = replace(lowering, float_type="float16")
         islands = self.islands(step) if lowering.float_type == "float16" else ()
@@ -242,8 +244,9 @@ class Line:
             else:
                 release = shape.Release(released, float_weights(step.network)) if released else None
                 shape.shape_for(portable.file("model.onnx"), lowering, lowered, release, islands)
-            names = {"inputs": portable.about["inputs"], "outputs": portable.about["outputs"], "batch": self.batch}
-            part = {"component": component.name} if component else {}
+            names = {key: portable.about[key] for key in ("inputs", "outputs", "cache") if key in portable.about}
+            names["batch"] = self.batch
+            part = {"component": piece.name} if piece else {}
             described = {**names, **target.describe(lowered, self.batch)}
             write_description(lowered, described)
             for script, text in target.scripts(lowered.name, described).items():
@@ -252,7 +255,7 @@ class Line:
             precision = "fp16" if lowering.float_type == "float16" else target.float_name
             return {**names, **part, "target": target.name, "precision": precision}
 
-        name = place_name(f"{step.name}-{target.name}") + (f"-{component.name}" if component else "")
+        name = place_name(f"{step.name}-{target.name}") + (f"-{piece.name}" if piece else "")
         name += "-part" if released else ""
         return self.store.make("onnx", f"{name}-lowered", inputs, fill, portable)
 
@@ -262,10 +265,10 @@ class Line:
         target: Target,
         versions: Mapping[str, str],
         released: tuple[str, ...] = (),
-        component: Component | None = None,
+        piece: Piece | None = None,
     ) -> Artifact:
         """The step's engine for a target: found, or lowered and built now."""
-        lowered = self.lowered(step, target, released, component)
+        lowered = self.lowered(step, target, released, piece)
         return build_engine(self.store, lowered, target, versions, self.progress)
 
     def islands(self, step: Step) -> tuple[str, ...]:

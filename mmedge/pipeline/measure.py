@@ -30,6 +30,7 @@ from mmedge.report.model import (
     Trial,
 )
 from mmedge.targets.base import Target
+from mmedge.task import Piece
 from mmedge.tensors import Array
 
 VERSION = 2  # raise it when a measurement changes: cached values expire
@@ -87,8 +88,8 @@ class Measurements:
         """Lower a step for a target whose engines are built on the device; keep what it is to be checked with."""
         lowered = {found.digest: found for found in (self.line.lowered(step, form) for form in target.forms())}
         for form in target.forms():
-            for part in self.line.task.components if form.lowering.format == "onnx" else ():
-                self.line.lowered(step, form, component=part)
+            for piece in self._pieces() if form.lowering.format == "onnx" else ():
+                self.line.lowered(step, form, piece=piece)
         self.deferred += [
             Deferred(
                 target=target.name,
@@ -195,10 +196,13 @@ class Measurements:
     def _parts(self, cell: Measured) -> Parts:
         made = cell.made
         engines = {
-            part.name: self.line.engine(made.step, made.target, cell.versions, made.released, part)
-            for part in self.line.task.components
+            piece.name: self.line.engine(made.step, made.target, cell.versions, made.released, piece)
+            for piece in self._pieces()
         }
         return Parts(cell.step.name, made.target, engines, self.line.reference(made.step, TIMED_SAMPLES))
+
+    def _pieces(self) -> list[Piece]:
+        return [piece for part in self.line.task.components for piece in part.pieces]
 
     def _timing(self, target: Target, cells: Sequence[Measured]) -> dict[str, Any]:
         engines = [

@@ -4,6 +4,7 @@
 
 - ``inputs``: name, dtype, shape and modality of each; a string in a shape names a dimension that may change,
 - ``outputs``: names,
+- ``cache``: of one step of a decoder, how it is fed (``mmedge.targets.decoding.Cache``),
 - ``batch``: ``min``, ``opt`` and ``max`` of the recipe,
 - and what the target's own ``describe`` added (names of weighted layers, opset …).
 """

@@ -64,6 +64,6 @@ def task() -> Task:
         student=student,
         components=(
             Component("encoder", ("image",), ("encoder_hidden",)),
-            Component("decoder", ("tokens", "encoder_hidden"), ("logits",)),
+            Component("decoder", ("tokens", "encoder_hidden"), ("logits",), cache="tokens"),
         ),
     )

@@ -117,7 +117,7 @@ def token_accuracy(outputs: Mapping[str, Array], targets: Array) -> float:
 def _encoder_decoder(modality_input: str) -> tuple[Component, ...]:
     return (
         Component("encoder", (modality_input,), ("encoder_hidden",)),
-        Component("decoder", ("decoder_input_ids", "encoder_hidden"), ("logits",)),
+        Component("decoder", ("decoder_input_ids", "encoder_hidden"), ("logits",), cache="decoder_input_ids"),
     )
 
 
