@@ -106,8 +106,8 @@ class Bench:
         if self.why_not is not None:
             return self._rows(first, {}, {}), self._rows(last, {}, {})
         fed, same = self._run(first)
-        same_last = same if last is first else self._run(last)[1]
-        times = self._times(first, last, fed)
+        fed_last, same_last = (fed, same) if last is first else self._run(last)
+        times = self._times(first, last, fed, fed_last)
         return self._rows(first, same, times), self._rows(last, same_last, times)
 
     def _run(self, parts: Parts) -> tuple[dict[str, Arrays], dict[str, dict[str, float]]]:
@@ -127,8 +127,10 @@ class Bench:
                 found[name] = parity(known, {key: answers[key] for key in known})
         return fed, found
 
-    def _times(self, first: Parts, last: Parts, fed: Mapping[str, Arrays]) -> dict[str, Any]:
-        """By component and stage: see ``timings``."""
+    def _times(
+        self, first: Parts, last: Parts, fed: Mapping[str, Arrays], fed_last: Mapping[str, Arrays]
+    ) -> dict[str, Any]:
+        """By component and stage: see ``timings``. Each network gets what its own components made."""
         sides = [first] if last.stage == first.stage else [first, last]
         inputs = {
             "engines": [{name: engine.digest for name, engine in side.engines.items()} for side in sides],
@@ -137,15 +139,18 @@ class Bench:
         }
 
         def measure() -> dict[str, Any]:
-            return {name: self._time(name, sides, fed[name]) for name in first.engines}
+            return {name: self._time(name, sides, [fed[name], fed_last[name]]) for name in first.engines}
 
         return self.store.values(place_name(f"timing-{last.target.name}-components"), inputs, measure)
 
-    def _time(self, name: str, sides: Sequence[Parts], samples: Arrays) -> dict[str, Any]:
+    def _time(self, name: str, sides: Sequence[Parts], fed: Sequence[Arrays]) -> dict[str, Any]:
         target = sides[0].target.name
         self.progress.say(f"timing {name} alone on {target}")
-        timed = [Timed(side.stage, side.engines[name], None if side is sides[0] else sides[0].stage) for side in sides]
-        return timings(target, timed, samples, self.profile, self.progress)
+        timed = [
+            Timed(side.stage, side.engines[name], None if side is sides[0] else sides[0].stage, samples=samples)
+            for side, samples in zip(sides, fed, strict=False)
+        ]
+        return timings(target, timed, {}, self.profile, self.progress)
 
     def _rows(self, parts: Parts, same: Mapping[str, Any], times: Mapping[str, Any]) -> list[ComponentResult]:
         rows = []

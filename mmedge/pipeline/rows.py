@@ -30,12 +30,14 @@ class Timed:
         engine: the artifact.
         parent: the name of the stage before, None for the first.
         twin: of an INT8 engine, the higher-precision engine it is compared with.
+        samples: what this engine reads, where shapes differ from stage to stage.
     """
 
     name: str
     engine: Artifact
     parent: str | None
     twin: Artifact | None = None
+    samples: Arrays | None = None
 
 
 def timings(
@@ -46,7 +48,12 @@ def timings(
     Returns:
         By stage: ``latency``, ``vs_baseline``, ``vs_parent``, ``vs_twin``, ``memory``, ``threads``; JSON.
     """
-    refs = [EngineRef(each.name, target, str(each.engine.path)) for each in engines]
+    refs = [
+        EngineRef(each.name, target, str(each.engine.path), each.name if each.samples is not None else "")
+        for each in engines
+    ]
+    own = {f"{each.name}/{name}": array for each in engines for name, array in (each.samples or {}).items()}
+    samples = {**samples, **own}
     known = {ref.folder: ref.id for ref in refs}
     more: list[EngineRef] = []
     for each in engines:

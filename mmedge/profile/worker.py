@@ -41,7 +41,7 @@ LEAD_IN = 5  # untimed rounds: after warming up one by one, the first interleave
 REPORT_EVERY_S = 0.25
 
 Say = Callable[[Mapping[str, Any]], None]
-Samples = list[dict[str, Array]]
+Samples = list[dict[str, Array]]  # by query, named arrays of batch 1
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,22 @@ class EngineRef:
         id: the caller's name for it, unique within a run.
         target: the name of an installed target.
         folder: what the target's ``build`` wrote.
+        inputs: of an engine that reads other shapes than those beside it, what the names of its own inputs begin with
+            in the npz, before a slash.
     """
 
     id: str
     target: str
     folder: str
+    inputs: str = ""
+
+    def own(self, samples: Samples) -> Samples:
+        """What this engine reads."""
+        start = f"{self.inputs}/" if self.inputs else ""
+        return [
+            {name.removeprefix(start): array for name, array in sample.items() if name.startswith(start)}
+            for sample in samples
+        ]
 
 
 @dataclass(frozen=True)
@@ -181,13 +192,13 @@ def _latencies(spec: Spec, folder: Path, samples: Samples, say: Say) -> dict[str
         for engine, run in zip(spec.engines, runners, strict=True):
             say({"doing": f"warming up {engine.id}"})
             with _naming(engine):
-                _warm_up(run, samples, spec.warmup_s)
+                _warm_up(run, engine.own(samples), spec.warmup_s)
         say({"doing": "timing"})
         times = _rounds(spec, runners, samples, say)
         for engine, run in zip(spec.engines, runners, strict=True):
             if isinstance(run, TimedRunner):
                 with _naming(engine):
-                    say({"parts": {engine.id: _parts(run, samples)}})
+                    say({"parts": {engine.id: _parts(run, engine.own(samples))}})
     return {engine.id: series for engine, series in zip(spec.engines, times, strict=True)}
 
 
@@ -209,14 +220,15 @@ def _rounds(spec: Spec, runners: list[Runner], samples: Samples, say: Say) -> ND
     """Nanoseconds, int64 of shape (engines, rounds)."""
     times = np.zeros((LEAD_IN + spec.queries, len(runners)), dtype=np.int64)
     rng = np.random.default_rng(spec.seed)
+    own = [engine.own(samples) for engine in spec.engines]
     done = 0
     gc.collect()
     gc.disable()  # this process does nothing else: a collection would only land in somebody's tail
     for lead_in in range(LEAD_IN):
-        _round(spec, runners, samples[lead_in % len(samples)], rng, times[lead_in])
+        _round(spec, runners, [each[lead_in % len(samples)] for each in own], rng, times[lead_in])
     start = said = time.perf_counter()
     while done < spec.queries and not spent(done, time.perf_counter() - start, spec.budget_s):
-        _round(spec, runners, samples[done % len(samples)], rng, times[LEAD_IN + done])
+        _round(spec, runners, [each[done % len(samples)] for each in own], rng, times[LEAD_IN + done])
         done += 1
         if time.perf_counter() - said > REPORT_EVERY_S:
             said = time.perf_counter()
@@ -226,11 +238,11 @@ def _rounds(spec: Spec, runners: list[Runner], samples: Samples, say: Say) -> ND
 
 
 def _round(
-    spec: Spec, runners: list[Runner], sample: Arrays, rng: np.random.Generator, times: NDArray[np.int64]
+    spec: Spec, runners: list[Runner], own: Samples, rng: np.random.Generator, times: NDArray[np.int64]
 ) -> None:
-    """One query on every engine; ``times``, shape (engines,), receives the nanoseconds."""
+    """One query on every engine, each with its ``own`` arrays; ``times``, shape (engines,), receives the nanoseconds."""
     for index in rng.permutation(len(runners)):
-        run = runners[index]
+        run, sample = runners[index], own[index]
         with _naming(spec.engines[index]):
             before = time.perf_counter_ns()
             run(sample)
@@ -259,7 +271,7 @@ def _peak_memory_mib(spec: Spec, folder: Path, samples: Samples, say: Say) -> fl
         run = _open(engine, target, folder, spec.threads, stack)
         say({"doing": f"running {engine.id}"})
         with _naming(engine):
-            _warm_up(run, samples, 0.0)
+            _warm_up(run, engine.own(samples), 0.0)
         rise = _resident_kib("VmHWM") - before
     if rise <= 0 and not STATUS.exists():
         raise TargetError("this system does not tell the memory of one process", where=engine.id)
