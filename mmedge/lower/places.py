@@ -2,7 +2,9 @@
 
 A decoder reads tokens ``(batch, places)``. Here its graph is rewritten to read one of them, by following the axis of
 places from operator to operator and shrinking it to 1. Where a product joins two values that both have it (queries and
-keys, weights and values), one of them keeps all places: that one is remembered between calls.
+keys, weights and values), one of them keeps all places: that one is remembered between calls. Places that are yet to come are zero
+there, and it is the graph's own mask, of which the present place's row is taken, that keeps them from counting:
+``mmedge.lower.step.check`` sees to it that there is one.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from mmedge.tensors import Array
 
 BATCH = 1_000_003  # a prime that is no size of a network: where it divides a size, that is the batch's
 LEAVE_OUT = "leave `cache` out of the component: the decoder then reads all tokens at every step"
-INFINITE = -math.inf
 
 
 @dataclass(frozen=True)
@@ -148,35 +149,22 @@ class Walk:
             shape = ir.Shape(["batch", *sizes[1:]])
             past = ir.Value(name=self.unused(f"past_{number}"), shape=shape, type=value.type)
             new = self.unused(f"new_{number}")
-            here = self._compared("Equal", len(sizes), at.axis)
+            here = self._here(len(sizes), at.axis)
             self._made[key] = self.op("Where", [here, value, past], node)
             self.past.append(Past(str(past.name), new, at.axis, sizes[1:], str(dtype.numpy())))
             self.inputs.append(past)
             self.new.append(value)
         node.replace_input_with(index, self._made[key])
 
-    def mask(self, node: ir.Node, index: int, axis: int) -> None:
-        """Keep places that are yet to come out of an input's ``axis`` along which all places lie."""
-        value = node.inputs[index]
-        assert value is not None and value.dtype is not None
-        if self.batch_axis(node, value) != 0:
-            raise self.refuse(node, "its first dimension is not the batch")
-        key = ("never", value.dtype)
-        if key not in self._made:
-            array = np.array(INFINITE, value.dtype.numpy())
-            self._made[key] = add_constant(self.model, "step.never", array)
-        seen = self._compared("LessOrEqual", self.rank(value), axis)
-        node.replace_input_with(index, self.op("Where", [seen, value, self._made[key]], node))
-
-    def _compared(self, kind: str, rank: int, axis: int) -> ir.Value:
-        """How each place compares with the present one, laid out along ``axis`` of ``rank`` dimensions."""
-        key = (kind, rank, axis)
+    def _here(self, rank: int, axis: int) -> ir.Value:
+        """Which place is the present one, laid out along ``axis`` of ``rank`` dimensions."""
+        key = ("here", rank, axis)
         if key not in self._made:
             places = np.arange(self.length).reshape([-1 if i == axis else 1 for i in range(rank)])
             shape = np.array([-1, *[1] * (rank - 1)])
             table = add_constant(self.model, f"step.places_{rank}_{axis}", places)
             spread = self.op("Reshape", [self.position, add_constant(self.model, "step.spread", shape)], self._first)
-            self._made[key] = self.op(kind, [table, spread], self._first)
+            self._made[key] = self.op("Equal", [table, spread], self._first)
         return self._made[key]
 
 
@@ -330,8 +318,6 @@ def _softmax(walk: Walk, node: ir.Node) -> None:
     value = node.inputs[0]
     assert value is not None
     at, axis = walk.along[value], _axis(walk, node, -1)
-    if at.keys == axis:
-        walk.mask(node, 0, axis)
     walk.along[node.outputs[0]] = replace(at, weighed=at.weighed or (at.keys == axis and node.op_type == "Softmax"))
 
 

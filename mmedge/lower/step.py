@@ -25,7 +25,7 @@ from mmedge.task import Component, Piece
 from mmedge.tensors import Array
 
 VERSION = 1  # raise it when what is made here changes: cached graphs expire
-STEPS = 16  # compared with the whole decoder when a step is made
+SAMPLES, STEPS = 2, 16  # compared with the whole decoder when a step is made
 FLOAT, ROUNDED = 1e-3, 0.1  # how far its outputs may be off, relative to the largest; where INT8 rounds, a step of it
 
 
@@ -279,17 +279,18 @@ def check(whole: ir.Model, memory: ir.Model | None, step: ir.Model, cache: Cache
         StageError: a place depends on tokens after it, or steps give other values.
     """
     rng = np.random.default_rng(0)
-    feeds = {str(value.name): _random(value, 4, rng, _entries(whole, cache.token)) for value in whole.graph.inputs}
+    entries = _entries(whole, cache.token)
+    feeds = {str(value.name): _random(value, SAMPLES, rng, entries) for value in whole.graph.inputs}
     with _running(whole) as run:
         expected = run(feeds)
-        _check_causal(run, feeds, expected, cache, name)
+        _check_causal(run, feeds, expected, cache, entries, name)
     others = {name: array for name, array in feeds.items() if name != cache.token}
     known = {}
     if memory is not None:
         with _running(memory) as run:
             known = run(others)
     with _running(step) as run:
-        decoding = Decoding(run, cache, known, 4)
+        decoding = Decoding(run, cache, known, SAMPLES)
         made = [decoding.next(feeds[cache.token][:, place]) for place in range(min(STEPS, cache.length))]
     allowed = ROUNDED if any(node.op_type == "QuantizeLinear" for node in step.graph) else FLOAT
     for output, axis in cache.outputs.items():
@@ -302,13 +303,13 @@ def check(whole: ir.Model, memory: ir.Model | None, step: ir.Model, cache: Cache
 
 
 def _check_causal(
-    run: Runner, feeds: Mapping[str, Array], expected: Mapping[str, Array], cache: Cache, name: str
+    run: Runner, feeds: Mapping[str, Array], expected: Mapping[str, Array], cache: Cache, entries: int, name: str
 ) -> None:
     """Other tokens from some place on must leave the places before it as they are."""
     tokens = feeds[cache.token]
-    for place in sorted({1, cache.length // 2, cache.length - 1} - {0}):
+    for place in sorted({1, cache.length // 3, cache.length // 2, cache.length - 1} - {0}):
         other = tokens.copy()
-        other[:, place:] = tokens[::-1, place:]
+        other[:, place:] = (tokens[:, place:] + 1) % entries
         found = run({**feeds, cache.token: other})
         for output, axis in cache.outputs.items():
             before, after = (array.take(range(place), axis=axis) for array in (expected[output], found[output]))
@@ -350,4 +351,4 @@ def _entries(model: ir.Model, tokens: str) -> int:
         table = constant(node.inputs[0]) if index is not None and index.name == tokens else None
         if table is not None:
             return len(table)
-    return 2  # no table: whatever they are, these are among them
+    return 2  # no table: whatever tokens are, these are among them
