@@ -2,9 +2,9 @@
 
 A decoder reads tokens ``(batch, places)``. Here its graph is rewritten to read one of them, by following the axis of
 places from operator to operator and shrinking it to 1. Where a product joins two values that both have it (queries and
-keys, weights and values), one of them keeps all places: that one is remembered between calls. Places that are yet to come are zero
-there, and it is the graph's own mask, of which the present place's row is taken, that keeps them from counting:
-``mmedge.lower.step.check`` sees to it that there is one.
+keys, weights and values), one of them keeps all places: that one is remembered between calls. Places that are yet to
+come are zero there, and it is the graph's own mask, of which the present place's row is taken, that keeps them from
+counting: ``mmedge.lower.step.check`` sees to it that there is one.
 """
 
 from __future__ import annotations
@@ -349,7 +349,8 @@ def _reduce(walk: Walk, node: ir.Node) -> None:
 def _gather(walk: Walk, node: ir.Node) -> None:
     """Rows of a table by tokens, or a part of another dimension."""
     table, index = node.inputs[:2]
-    assert table is not None and index is not None
+    assert table is not None
+    assert index is not None
     axis = _axis(walk, node, 0)
     if index in walk.along and table not in walk.along:
         walk.along[node.outputs[0]] = _shifted(walk.along[index], axis)

@@ -1,4 +1,4 @@
-"""A decoder that remembers: one step of it, and what it makes of its other inputs once, out of the graph that reads all.
+"""A decoder that remembers: one step of it, and what it makes of its other inputs, out of the graph that reads all.
 
 Both keep the operators, weights and scales of the whole graph, so nothing is traced or calibrated again.
 """
@@ -70,7 +70,7 @@ def memory_of(model: ir.Model, component: Component) -> None:
     outputs = []
     for number, value in enumerate(_frontier(model, component)):
         made = value if value.producer() is not None else _copied(model, value)
-        made.name = f"memory_{number}"
+        made.name = _memory(component, number)
         outputs.append(made)
     graph.outputs[:] = outputs
     graph.inputs[:] = [value for value in graph.inputs if value.name != component.cache]
@@ -81,8 +81,9 @@ def memory_of(model: ir.Model, component: Component) -> None:
 def step_of(model: ir.Model, component: Component) -> Cache:
     """Rewrite a decoder's graph so that it reads one token and what it remembers of those before, in place.
 
-    The graph then reads the token ``(batch, 1)``, its place ``(batch,)``, what ``memory_of`` makes and all keys and
-    values of before, ``(batch, …, places, …)``; it gives the component's outputs for that place and its keys and values.
+    The graph then reads the token ``(batch, 1)``, its place ``(batch,)``, what ``memory_of`` makes, and all keys and
+    values of before, of sizes ``(batch, …, places, …)``. It gives the component's outputs for that place, and its keys
+    and values.
 
     Args:
         model: cut to the component.
@@ -97,7 +98,7 @@ def step_of(model: ir.Model, component: Component) -> Cache:
     _prepare(model, component)
     graph = model.graph
     tokens = next(value for value in graph.inputs if value.name == component.cache)
-    known = [_entered(value, f"memory_{number}") for number, value in enumerate(_frontier(model, component))]
+    known = [_entered(value, _memory(component, number)) for number, value in enumerate(_frontier(model, component))]
     walk = Walk(model, tokens, constant, component.name)
     walk.shapes |= {value: sizes for value in known if (sizes := sizes_of(value)) is not None}
     walk.run()
@@ -149,11 +150,12 @@ def _prepare(model: ir.Model, component: Component) -> None:
 
 
 def _fold_sizes(model: ir.Model, component: Component) -> None:
-    """Put constants in the place of what is computed from shapes: they do not differ from sample to sample."""
+    """Put constants in the place of what is computed from shapes: it does not differ from sample to sample."""
     edges = _sized(model)
     if not edges:
         return
     few, more = _evaluated(model, edges, 2), _evaluated(model, edges, 3)
+    kept: dict[tuple[object, ...], ir.Value] = {}  # each layer has its own copy of the same mask
     for value in edges:
         for node, index in list(value.uses()):
             array = _one_for_all(few[str(value.name)], more[str(value.name)], node.op_type)
@@ -163,17 +165,23 @@ def _fold_sizes(model: ir.Model, component: Component) -> None:
                     where=f"component {component.name}: cache",
                     fix=LEAVE_OUT,
                 )
-            node.replace_input_with(index, add_constant(model, f"{value.name}.{node.op_type}", array))
+            key = (array.dtype.str, array.shape, array.tobytes())
+            if key not in kept:
+                kept[key] = add_constant(model, f"{value.name}.{node.op_type}", array)
+            node.replace_input_with(index, kept[key])
     remove_unused(model)
 
 
 def _sized(model: ir.Model) -> list[ir.Value]:
-    """What is computed from shapes and constants, as far as anything else reads it."""
+    """What is computed from shapes and constants, as far as anything else reads it.
+
+    Weights are not, which lie there transposed or rounded for good reason; large masks are, which no exporter folds.
+    """
     fixed = set(model.graph.initializers.values())
     sized: set[ir.Value] = set()
     for node in model.graph:
         read = {value for value in node.inputs if value is not None}
-        if read <= fixed:
+        if read <= fixed and node.op_type in ("DequantizeLinear", "Transpose"):
             fixed.update(node.outputs)
         elif node.op_type == "Shape" or read <= fixed | sized:
             sized.update(node.outputs)
@@ -231,6 +239,10 @@ def _frontier(model: ir.Model, component: Component) -> list[ir.Value]:
                 fix=LEAVE_OUT,
             )
     return found
+
+
+def _memory(component: Component, number: int) -> str:
+    return f"{component.name}_memory_{number}"
 
 
 def _entered(value: ir.Value, name: str) -> ir.Value:

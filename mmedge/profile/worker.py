@@ -237,10 +237,8 @@ def _rounds(spec: Spec, runners: list[Runner], samples: Samples, say: Say) -> ND
     return times[LEAD_IN : LEAD_IN + done].T
 
 
-def _round(
-    spec: Spec, runners: list[Runner], own: Samples, rng: np.random.Generator, times: NDArray[np.int64]
-) -> None:
-    """One query on every engine, each with its ``own`` arrays; ``times``, shape (engines,), receives the nanoseconds."""
+def _round(spec: Spec, runners: list[Runner], own: Samples, rng: np.random.Generator, times: NDArray[np.int64]) -> None:
+    """One query on every engine, each on its ``own`` arrays; ``times``, shape (engines,), receives the nanoseconds."""
     for index in rng.permutation(len(runners)):
         run, sample = runners[index], own[index]
         with _naming(spec.engines[index]):

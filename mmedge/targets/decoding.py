@@ -1,6 +1,6 @@
-"""Running a decoder one token at a time: what it has seen lies in arrays here, and each step adds one place to them.
+"""Running a decoder one token at a time: what it has seen lies in arrays here, each step adds a place to them.
 
-Device side: numpy and the engine's own runtime alone. The engine is the ``_step`` graph of a component with a ``cache``.
+Device side: numpy and the engine's own runtime. The engine is the ``_step`` graph of a component with a ``cache``.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Decoding:
             tokens: ``(count,)``.
 
         Returns:
-            The outputs for this place, without the axis of places: ``logits`` ``(count, vocabulary)`` of the next token.
+            The outputs for this place, without the axis of places: ``logits`` ``(count, vocabulary)`` of the next.
 
         Raises:
             UsageError: all places are taken.
