@@ -144,8 +144,10 @@ def writer(attend: Attend = masked, notes: bool = True, cache: str = "tokens") -
     )
 
 
-@pytest.mark.parametrize("attend", [masked, causal, by_hand, few_keys, gated])
-@pytest.mark.parametrize("notes", [True, False])
+@pytest.mark.parametrize(
+    ("attend", "notes"),
+    [(masked, True), (masked, False), (causal, True), (by_hand, False), (few_keys, False), (gated, False)],
+)
 def test_steps_give_what_all_tokens_at_once_give(tmp_path, attend, notes) -> None:
     task = writer(attend, notes)
     engines = Engines(exported(task, tmp_path), task.components[0], OnnxRuntime(), tmp_path)
@@ -266,8 +268,8 @@ def test_rows_of_the_report_here_and_on_a_device(tmp_path) -> None:
             "task": HERE,
             "targets": ["onnxruntime"],
             "stages": [INT8],
-            "profile": {"queries": 64, "health_samples": 32},
-            "twin": {"queries": 64, "min_speedup": 0.0, "max_drop": 1.0},
+            "profile": {"queries": 64, "budget_s": 1, "health_samples": 32},
+            "twin": {"queries": 64, "budget_s": 1, "min_speedup": 0.0, "max_drop": 1.0},
         }
     )
     run = tmp_path / "run"

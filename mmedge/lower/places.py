@@ -232,7 +232,7 @@ def _reshape(walk: Walk, node: ir.Node) -> None:
         return
     other = walk.op("Reshape", [value, shape], node)
     walk.shapes[other], walk.along[other] = after, walk.along[made]
-    other.dtype = made.dtype
+    other.type = made.type
     made.replace_all_uses_with(other, replace_graph_outputs=True)
 
 
@@ -265,7 +265,7 @@ def _product(walk: Walk, node: ir.Node) -> None:
     if min(ranks) < 2:
         raise walk.refuse(node, "it multiplies by a vector")
     left, right = (
-        _shifted(walk.along[value], rank - own) if value in walk.along else None  # type: ignore[index]
+        _shifted(walk.along[value], rank - own) if value in walk.along else None
         for value, own in zip(node.inputs[:2], ranks, strict=True)
     )
     if left is not None and left.keys == rank - 1:

@@ -39,7 +39,8 @@ def build_engine(
         target.progress = progress
         model = next(lowered.path / name for name in ("model.onnx", "model.pt2") if name in lowered.manifest.files)
         build = target.build(model, folder)
-        about = {key: lowered.about[key] for key in ("target", "inputs", "outputs", "cache") if key in lowered.about}
+        kept = ("target", "inputs", "outputs", "cache")
+        about: dict[str, Any] = {key: lowered.about[key] for key in kept if key in lowered.about}
         return {**about, "facts": dict(build.facts), "coverage": coverage_json(build.coverage)}
 
     name = lowered.manifest.name.removesuffix("-lowered")

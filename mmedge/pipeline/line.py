@@ -197,8 +197,9 @@ class Line:
     def part(self, step: Step, piece: Piece) -> Artifact:
         """A component of the step's network, or what a decoder with a cache is made of, as ``model.onnx``."""
         whole = self.portable(step, "onnx")
-        inputs = {"whole": whole.digest, "component": vars(piece.component), "role": piece.role}
-        inputs |= {"version": PIECES} if piece.role != "whole" else {}
+        inputs: dict[str, Any] = {"whole": whole.digest, "component": vars(piece.component), "role": piece.role}
+        if piece.role != "whole":
+            inputs["version"] = PIECES
 
         def fill(folder: Path) -> dict[str, Any]:
             model, cache = piece_of(whole.file("model.onnx"), piece)
@@ -244,7 +245,8 @@ class Line:
             else:
                 release = shape.Release(released, float_weights(step.network)) if released else None
                 shape.shape_for(portable.file("model.onnx"), lowering, lowered, release, islands)
-            names = {key: portable.about[key] for key in ("inputs", "outputs", "cache") if key in portable.about}
+            kept = ("inputs", "outputs", "cache")
+            names: dict[str, Any] = {key: portable.about[key] for key in kept if key in portable.about}
             names["batch"] = self.batch
             part = {"component": piece.name} if piece else {}
             described = {**names, **target.describe(lowered, self.batch)}

@@ -52,8 +52,8 @@ def timings(
         EngineRef(each.name, target, str(each.engine.path), each.name if each.samples is not None else "")
         for each in engines
     ]
-    own = {f"{each.name}/{name}": array for each in engines for name, array in (each.samples or {}).items()}
-    samples = {**samples, **own}
+    separate = {f"{each.name}/{name}": array for each in engines for name, array in (each.samples or {}).items()}
+    samples = {**samples, **separate}
     known = {ref.folder: ref.id for ref in refs}
     more: list[EngineRef] = []
     for each in engines:
