@@ -196,6 +196,17 @@ def test_a_decoder_that_needs_other_places_is_refused(tmp_path, attend, problem)
     assert "leave `cache` out" in str(caught.value.fix)
 
 
+def looking_ahead() -> Task:
+    return writer(everything)
+
+
+def test_the_line_refuses_such_a_decoder_before_it_measures_anything(tmp_path) -> None:
+    recipe = Recipe.model_validate({"task": HERE.replace(":writer", ":looking_ahead"), "targets": ["onnxruntime"]})
+    with pytest.raises(StageError, match="looks ahead"):
+        compress(Job(recipe, "step.yaml", 0, tmp_path / "run", "mmedge compress …"), Progress())
+    assert not list((tmp_path / "run" / "artifacts").glob("*-accuracy-*"))
+
+
 def test_steps_that_are_wrong_are_noticed(tmp_path) -> None:
     """The comparison behind every step: here the position table is shifted by a place."""
     task = writer()

@@ -22,7 +22,10 @@ from mmedge.targets.decoding import Past
 from mmedge.tensors import Array
 
 BATCH = 1_000_003  # a prime that is no size of a network: where it divides a size, that is the batch's
-LEAVE_OUT = "leave `cache` out of the component: the decoder then reads all tokens at every step"
+LEAVE_OUT = (
+    "leave `cache` out of the component (of a ready-made task, in a function that returns dataclasses.replace(task, "
+    "components=...)): the decoder then reads all tokens at every step"
+)
 
 
 @dataclass(frozen=True)

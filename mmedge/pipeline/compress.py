@@ -195,7 +195,9 @@ class _Run:
 
     def go(self) -> Report:
         """Every stage in turn, then one interleaved timing of all of them per target."""
-        self._take(self.line.baseline())
+        baseline = self.line.baseline()
+        self.measured.cut(baseline, [use.target for use in self.uses])
+        self._take(baseline)
         for number, planned in enumerate(self.planned, 1):
             self.progress.say(f"stage {number} of {len(self.planned)}: {planned.name}")
             self._take(self.line.follow(self.steps[-1], planned))

@@ -185,6 +185,15 @@ class Measurements:
         for cell in cells:
             cell.timing = found[cell.step.name]
 
+    def cut(self, step: Step, targets: Sequence[Target]) -> None:
+        """Cut the task's components out of a step: what cannot be cut is to be known before hours of work.
+
+        Raises:
+            StageError: a component reads more than its inputs, or cannot go token by token.
+        """
+        for piece in self._pieces() if any(target.lowering.format == "onnx" for target in targets) else ():
+            self.line.part(step, piece)
+
     def take_apart(self, target: Target, steps: Sequence[Step]) -> None:
         """Build the task's components from the baseline and from the last network, and measure them side by side."""
         if not self.line.task.components or target.lowering.format != "onnx":
