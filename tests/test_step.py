@@ -90,6 +90,11 @@ def average(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return value - value.mean(dim=2, keepdim=True)
 
 
+def distances(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scores = query.amax(dim=-1)[..., None] - key.amax(dim=-1)[:, :, None]
+    return scores.masked_fill(~PAST, -1e9).softmax(dim=-1) @ value
+
+
 def unweighed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return (query @ key.transpose(-1, -2) * PAST) @ value
 
@@ -185,6 +190,7 @@ def test_pytorchs_own_decoder_goes_step_by_step(tmp_path) -> None:
         (one_ahead, "looks ahead"),
         (running_sum, "no rule for CumSum"),
         (average, "reduces over places"),
+        (distances, "compares places with one another"),
         (unweighed, "no softmax has weighed"),
     ],
 )
