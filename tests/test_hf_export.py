@@ -133,5 +133,6 @@ def test_the_whole_line(tmp_path, monkeypatch, capfd, name, stages) -> None:
         assert result["accuracy"]["samples"] == 16
     assert done["quantize"]["results"][0]["int8_coverage"] > 0.9
     parts = [part["name"] for part in done["quantize"]["results"][0].get("components", [])]
-    assert parts == (["encoder", "decoder"] if name == "vision_encoder_decoder" else [])
+    decoder = ["encoder", "decoder", "decoder_memory", "decoder_step"]
+    assert parts == (decoder if name == "vision_encoder_decoder" else [])
     assert not list(Path(tmp_path / "run").rglob("*.pkl"))
