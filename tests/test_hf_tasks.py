@@ -166,6 +166,12 @@ def test_components_cover_the_outputs() -> None:
     assert sum(bool(family.components) for family in FAMILIES) == 3
 
 
+def test_the_steps_of_a_decoder_can_be_left_out(specs) -> None:
+    spec = specs["whisper"]
+    assert [part.cache for part in load_task(spec, {}).components] == ["", "decoder_input_ids"]
+    assert [part.cache for part in load_task(f"{spec},cache=no", {}).components] == ["", ""]
+
+
 def test_training_batches_differ_by_seed_and_the_data_is_part_of_the_digest(specs, tmp_path) -> None:
     task = load_task(specs["bert"], {})
     first, again, other = (next(iter(task.stream("train", seed))).inputs["input_ids"] for seed in (0, 0, 1))

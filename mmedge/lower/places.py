@@ -23,8 +23,8 @@ from mmedge.tensors import Array
 
 BATCH = 1_000_003  # a prime that is no size of a network: where it divides a size, that is the batch's
 LEAVE_OUT = (
-    "leave `cache` out of the component (of a ready-made task, in a function that returns dataclasses.replace(task, "
-    "components=...)): the decoder then reads all tokens at every step"
+    "leave `cache` out of the component (of an hf: task, say cache=no; of another ready-made one, give a function that "
+    "returns dataclasses.replace(task, components=...)): the decoder then reads all tokens at every step"
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mmedge.errors import TaskError
@@ -62,7 +63,7 @@ def task(about: str) -> Task:
         batches=batches,
         loss=family.loss(model),
         metric=family.metric,
-        components=family.components,
+        components=tuple(part if options.cache else replace(part, cache="") for part in family.components),
         source=_digest(options, source.identity),
     )
 

@@ -28,6 +28,7 @@ class Options(BaseModel):
         length: tokens per text, all texts are padded or cut to it.
         batch: samples per batch.
         samples: at most so many for calibration, and so many for the test.
+        cache: whether a decoder also gets a graph that reads one token at a time (``Component.cache``).
         download: whether a model that is not in the local cache may be fetched.
     """
 
@@ -45,6 +46,7 @@ class Options(BaseModel):
     length: int | None = Field(None, ge=2)
     batch: int = Field(32, ge=1)
     samples: int | None = Field(None, ge=1)
+    cache: bool = True
     download: bool = False
 
     @model_validator(mode="after")
