@@ -57,17 +57,20 @@ class Metric:
 
     Attributes:
         name: shown in reports (``accuracy``, ``recall@1``, ``range_error_m``).
-        score: takes all outputs (name to array, samples first) and all targets of a split, returns one number.
+        score: takes outputs (name to array, samples first) and all targets of a split, returns one number.
         higher_is_better: False for errors.
+        outputs: names of the outputs that it takes; empty for all of the task's. What no metric takes is not held in
+            memory over a split: name them where a task has outputs that are large, as hidden states and maps are.
     """
 
     name: str
     score: Callable[[Mapping[str, Array], Array], float]
     higher_is_better: bool = True
+    outputs: tuple[str, ...] = ()
 
 
 def accuracy(outputs: Mapping[str, Array], targets: Array) -> float:
-    """The fraction of samples whose largest logit is at the target; for a single output ``(n, classes)``."""
+    """The fraction of samples whose largest logit is at the target; takes a single output ``(n, classes)``."""
     (logits,) = outputs.values()
     return float((logits.argmax(axis=-1) == targets).mean())
 
@@ -190,18 +193,30 @@ class Task:
         """The first calibration batch."""
         return next(iter(self.stream("calibration")))
 
+    def scored(self, *metrics: Metric) -> tuple[str, ...]:
+        """The outputs that ``metrics`` take, by default all metrics of the task."""
+        metrics = metrics or (self.metric, *self.also)
+        return tuple(name for name in self.outputs if any(not each.outputs or name in each.outputs for each in metrics))
+
     def score(self, outputs: Mapping[str, Array], targets: Array, metric: Metric | None = None) -> float:
         """A metric, by default the one that is gated, as a finite number.
+
+        Args:
+            outputs: those that the metric takes, or more.
+            targets: of the same samples.
+            metric: one of the task's.
 
         Raises:
             TaskError: the metric raised or did not return a finite number.
         """
         metric = metric or self.metric
         where = f"task {self.name}: metric {metric.name}"
+        taken = {name: outputs[name] for name in metric.outputs} if metric.outputs else outputs
         try:
-            value = metric.score(outputs, targets)
+            value = metric.score(taken, targets)
         except Exception as err:
-            raise TaskError(f"raised {type(err).__name__}: {err}", where=where) from err
+            fix = f"it gets what Metric(outputs=...) names: {', '.join(taken)}" if metric.outputs else None
+            raise TaskError(f"raised {type(err).__name__}: {err}", where=where, fix=fix) from err
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
             raise TaskError(f"returned {value!r}", where=where, fix="return one finite float")
         return float(value)
@@ -419,7 +434,12 @@ def _wrong_types(task: Task) -> list[str]:
             isinstance(task.components, several) and all(isinstance(part, Component) for part in task.components),
         ),
     }
-    return [f"{name} is {getattr(task, name)!r:.60}, not {what}" for name, (what, good) in wanted.items() if not good]
+    wrong = [f"{name} is {getattr(task, name)!r:.60}, not {what}" for name, (what, good) in wanted.items() if not good]
+    return wrong or [
+        f"metric {metric.name}: outputs is {metric.outputs!r:.60}, not a tuple of names"
+        for metric in (task.metric, *task.also)
+        if not isinstance(metric.outputs, several) or not all(isinstance(name, str) for name in metric.outputs)
+    ]
 
 
 def _wrong_names(task: Task) -> list[str]:
@@ -427,6 +447,12 @@ def _wrong_names(task: Task) -> list[str]:
     problems = [f"{name!r} is used twice" for name in sorted({n for n in names if names.count(n) > 1})]
     metrics = [metric.name for metric in (task.metric, *task.also)]
     problems += [f"two metrics are called {name!r}" for name in sorted({n for n in metrics if metrics.count(n) > 1})]
+    problems += [
+        f"metric {metric.name} takes {name!r}, which is no output of the task ({', '.join(task.outputs)})"
+        for metric in (task.metric, *task.also)
+        for name in metric.outputs
+        if name not in task.outputs
+    ]
     problems += [f"{name!r} is not a plain name" for name in names if not name.isidentifier() or iskeyword(name)]
     if not task.inputs or not task.outputs:
         problems.append("inputs and outputs must not be empty")

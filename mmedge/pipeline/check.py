@@ -53,7 +53,8 @@ def check_model(task: Task) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise TaskError(f"output {name} holds NaN or infinite values", where=where, fix="check inputs and weights")
     _check_loss(task, outputs, batch)
-    task.score({name: tensor.numpy() for name, tensor in outputs.items()}, batch.targets)
+    for metric in (task.metric, *task.also):
+        task.score({name: tensor.numpy() for name, tensor in outputs.items()}, batch.targets, metric)
 
 
 def _forward(task: Task, batch: Batch) -> dict[str, torch.Tensor]:

@@ -132,11 +132,10 @@ class Measurements:
     def _run_test_split(self, step: Step, engine: Engine) -> dict[str, Any]:
         label = f"{step.name} on {engine.target.name}: accuracy"
         with engine.target.runner(engine.artifact.path, processors()) as run:
-            answers = run_split(run, self.line.task, "test", label, progress=self.line.progress)
+            count = self.profile.parity_samples
+            answers = run_split(run, self.line.task, "test", label, progress=self.line.progress, first=count)
         found = Accuracy.of(answers, self.line.task)
-        count = min(self.profile.parity_samples, found.samples)
-        reference = self.line.reference(step, count)
-        same = parity(reference, {name: array[:count] for name, array in answers.outputs.items()})
+        same = parity(self.line.reference(step, min(count, found.samples)), answers.first)
         interval = list(found.ci95) if found.ci95 else None
         return {
             "value": found.value,

@@ -7,7 +7,7 @@ here means the same for all of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,15 +30,17 @@ _FIXES = {"missing": "if the model cannot take the declared fill value, choose a
 
 @dataclass(frozen=True)
 class Outputs:
-    """All outputs over some samples.
+    """What an engine answers over some samples.
 
     Attributes:
-        outputs: name to array, first dimension samples.
+        outputs: those that are scored, name to array, first dimension samples.
         targets: what the metric compares with, first dimension samples.
+        first: all outputs of the first samples, as many as were asked for.
     """
 
     outputs: Mapping[str, Array]
     targets: Array
+    first: Mapping[str, Array] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -52,8 +54,11 @@ def run_split(
     *,
     progress: Progress | None = None,
     limit: int | None = None,
+    first: int = 0,
 ) -> Outputs:
-    """Run an engine over a split and gather what it answers.
+    """Run an engine over a split and gather what the task's metrics take of its answers.
+
+    Outputs that no metric takes (hidden states, maps) can be megabytes per sample: they are checked and let go.
 
     Args:
         runner: the engine.
@@ -62,18 +67,25 @@ def run_split(
         label: what the engine is called in errors and beside the bar.
         progress: shows the samples; the bar's total is 0, not known, without a ``limit``.
         limit: only the first so many samples.
+        first: of so many samples all outputs are kept as well.
 
     Raises:
         TargetError: the engine failed, or its outputs are not the task's or not finite; names output and batch.
         TaskError: a batch is wrong.
     """
+    kept = task.scored()
     parts: list[Outputs] = []
+    begin: list[Outputs] = []
     with (progress or Progress()).bar(label, limit or 0) as bar:
         for index, batch in enumerate(_first(task, split, limit)):
             answers = _answers(runner, task, batch.inputs, f"{label}: {split} batch {index}")
-            parts.append(Outputs(answers, batch.targets))
+            parts.append(_some(answers, batch.targets, kept))
+            if first > 0:
+                begin.append(_some(answers, batch.targets, task.outputs, first))
+                first -= len(batch)
             bar.advance(len(batch))
-    return _joined(parts, label)
+    whole = _joined(parts, label)
+    return replace(whole, first=_joined(begin, label).outputs) if begin else whole
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,8 @@ class Accuracy:
 def _bootstrap(answers: Outputs, task: Task, value: float, seed: int) -> tuple[float, float] | str:
     """The interval, or why there is none."""
     count = len(answers)
-    arrays = (*answers.outputs.values(), answers.targets)
+    taken = {name: answers.outputs[name] for name in task.scored(task.metric)}
+    arrays = (*taken.values(), answers.targets)
     bytes_each = max(1, sum(array.nbytes for array in arrays) // count)
     size = min(count, MOST_SAMPLES, MOST_BYTES // bytes_each)
     if size < FEWEST_SAMPLES:
@@ -127,7 +140,7 @@ def _bootstrap(answers: Outputs, task: Task, value: float, seed: int) -> tuple[f
     scores = []
     for _ in range(RESAMPLES):
         rows = rng.integers(0, count, size)
-        drawn = {name: array[rows] for name, array in answers.outputs.items()}
+        drawn = {name: array[rows] for name, array in taken.items()}
         try:
             scores.append(task.score(drawn, answers.targets[rows]))
         except TaskError as err:
@@ -165,12 +178,13 @@ def modality_health(runner: Runner, task: Task, limit: int, seed: int = 0, label
     Raises:
         TargetError: the engine failed or its outputs are not finite, on whole or on disturbed inputs.
     """
+    kept = task.scored(task.metric)
     parts: dict[Case, list[Outputs]] = {}
     for index, batch in enumerate(_first(task, "test", limit)):
         for case, inputs in _cases(task, batch.inputs, (seed, index)):
             where = f"{label}: test batch {index}, {' '.join(case)}"
             answers = _answers(runner, task, inputs, where, _FIXES.get(case[1]))
-            parts.setdefault(case, []).append(Outputs(answers, batch.targets))
+            parts.setdefault(case, []).append(_some(answers, batch.targets, kept))
     whole = {case: _joined(some, label) for case, some in parts.items()}
     scores = {case: task.score(answers.outputs, answers.targets) for case, answers in whole.items()}
     modalities = {name: {state: scores[name, state] for state in ("missing", "noisy")} for name in task.modalities}
@@ -248,6 +262,14 @@ def _answers(runner: Runner, task: Task, inputs: Arrays, where: str, nan_fix: st
 def _same_names(expected: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
     if set(expected) != set(found):
         raise TargetError(f"the outputs are {sorted(found)}, expected {sorted(expected)}", where=where)
+
+
+def _some(answers: Arrays, targets: Array, names: Sequence[str], count: int | None = None) -> Outputs:
+    """The named outputs of the first ``count`` samples; copies where that is not all, or the rest would stay alive."""
+    outputs = {name: answers[name] for name in names}
+    if count is not None and count < len(targets):
+        return Outputs({name: array[:count].copy() for name, array in outputs.items()}, targets[:count])
+    return Outputs(outputs, targets)
 
 
 def _joined(parts: Sequence[Outputs], where: str) -> Outputs:

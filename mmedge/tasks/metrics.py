@@ -59,7 +59,7 @@ def calibration_error(
         error = multiclass_calibration_error(logits.softmax(1), classes, logits.shape[1], bins, ignore_index=ignore)
         return float(error)
 
-    return Metric(_named("calibration_error", output), score, higher_is_better=False)
+    return Metric(_named("calibration_error", output), score, higher_is_better=False, outputs=_taken(output))
 
 
 def mae(output: str | None = None, column: int | None = None, *, ignore: float | None = None) -> Metric:
@@ -111,7 +111,7 @@ def recall_at_k(first: str, second: str, k: int = 1, *, gallery: int | None = No
                 hits += [retrieval_hit_rate(row, right, k) for row, right in zip(rows, same, strict=True)]
         return sum(map(float, hits)) / len(hits)
 
-    return Metric(f"recall@{k}", score)
+    return Metric(f"recall@{k}", score, outputs=(first, second))
 
 
 def _classification(
@@ -129,7 +129,7 @@ def _classification(
         judge = getattr(classification, f"multiclass_{kind}")
         return float(judge(logits, classes, logits.shape[1], average=average, ignore_index=ignore))
 
-    return Metric(_named(name, output), score)
+    return Metric(_named(name, output), score, outputs=_taken(output))
 
 
 def _regression(
@@ -148,7 +148,7 @@ def _regression(
             raise TaskError(f"{name}: every target is {ignore}, which is ignored", fix="score a split with others")
         return float(error(found.reshape(wanted.shape)[counts], wanted[counts]))
 
-    return Metric(_named(name, output), score, higher_is_better=False)
+    return Metric(_named(name, output), score, higher_is_better=False, outputs=_taken(output))
 
 
 _COLUMN = "name the column of the targets that belongs to this output: column=0, column=1 …"
@@ -156,6 +156,10 @@ _COLUMN = "name the column of the targets that belongs to this output: column=0,
 
 def _named(name: str, output: str | None) -> str:
     return f"{output}_{name}" if output else name
+
+
+def _taken(output: str | None) -> tuple[str, ...]:
+    return (output,) if output else ()
 
 
 def _output(outputs: Mapping[str, Array], name: str | None) -> Tensor:

@@ -179,13 +179,15 @@ class Course:
         modes = not isinstance(student, GraphModule)
         if modes:
             student.eval()
-        outputs: dict[str, list[Any]] = {}
+        taken = self.task.scored(self.task.metric)
+        outputs: dict[str, list[Any]] = {name: [] for name in taken}
         targets = []
         with torch.no_grad():
             for batch in self.task.stream("calibration"):
                 inputs = {name: value.to(self.engine.device) for name, value in as_tensors(batch.inputs).items()}
-                for name, value in outputs_of(student, inputs, self.task.outputs).items():
-                    outputs.setdefault(name, []).append(value.cpu().numpy())
+                made = outputs_of(student, inputs, self.task.outputs)
+                for name in taken:
+                    outputs[name].append(made[name].cpu().numpy())
                 targets.append(batch.targets)
         if modes:
             student.train()

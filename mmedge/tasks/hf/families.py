@@ -122,7 +122,7 @@ def _encoder_decoder(modality_input: str) -> tuple[Component, ...]:
 
 
 _ACCURACY = Metric("accuracy", accuracy)
-_TOKEN_ACCURACY = Metric("token_accuracy", token_accuracy)
+_TOKEN_ACCURACY = Metric("token_accuracy", token_accuracy, outputs=("logits",))
 FAMILIES = (
     Family(
         title="image classification",
