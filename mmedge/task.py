@@ -184,7 +184,9 @@ class Task:
             raise
         except (Exception, SystemExit) as err:
             raise TaskError(
-                f"batches({split!r}) raised {type(err).__name__}: {err}", where=f"{where} batch {index + 1}"
+                f"batches({split!r}) raised {type(err).__name__}: {err}",
+                where=f"{where} batch {index + 1}",
+                fix="correct the data or the code that reads it; -v shows where it happened",
             ) from err
         if index < 0:
             raise TaskError("the split is empty", where=where, fix="yield at least one Batch")
@@ -334,7 +336,8 @@ def load_task(spec: str, entry_points: Mapping[str, Callable[[], Callable[[], An
     except MmedgeError:
         raise
     except (Exception, SystemExit) as err:
-        raise TaskError(f"the task function raised {type(err).__name__}: {err}", where=spec) from err
+        fix = "correct the function; -v shows where it happened"
+        raise TaskError(f"the task function raised {type(err).__name__}: {err}", where=spec, fix=fix) from err
     if not isinstance(task, Task):
         raise TaskError(f"the task function returned {type(task).__name__}", where=spec, fix="return mmedge.task.Task")
     check_declarations(task, spec)

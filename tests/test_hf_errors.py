@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hf_models
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -153,19 +154,72 @@ def test_weights_that_are_not_there_are_not_made_up(copy) -> None:
     refused(f"hf:{copy / 'vit'}:data={copy / 'vit-data'}", "no weights for classifier", "random")
 
 
+def test_weights_that_the_config_gives_no_place_are_not_left_out_in_silence(copy) -> None:
+    edited(copy / "vit/config.json", num_hidden_layers=1)
+    refused(f"hf:{copy / 'vit'}:data={copy / 'vit-data'}", "no place: vit.encoder.layer.1.", "config.json that of")
+
+
+def _truncated(at: Path) -> None:
+    path = at / "vit/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _without_a_shard(at: Path) -> None:
+    with quiet():
+        model = tf.ViTForImageClassification.from_pretrained(at / "vit")
+        (at / "vit/model.safetensors").unlink()
+        model.save_pretrained(at / "vit", max_shard_size="100KB")
+    sorted((at / "vit").glob("model-*.safetensors"))[1].unlink()
+
+
+def _of_another(at: Path) -> None:
+    shutil.copy(at / "bert/model.safetensors", at / "vit/model.safetensors")
+
+
+def _wider_config(at: Path) -> None:
+    edited(at / "vit/config.json", hidden_size=96)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_truncated, "incomplete"),
+        (_without_a_shard, "model-00002-of-0000"),
+        (_of_another, "cannot be loaded"),
+        (_wider_config, "size mismatch for"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_with_a_way_out(copy, damage, said) -> None:
+    damage(copy)
+    refused(f"hf:{copy / 'vit'}:data={copy / 'vit-data'}", said, "both must be of one model")
+
+
+def test_code_that_comes_with_a_model_is_not_run(copy) -> None:
+    (copy / "vit/own.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\n")
+    own = {"AutoConfig": "own.Config", "AutoModelForImageClassification": "own.Model"}
+    edited(copy / "vit/config.json", auto_map=own, model_type="own")
+    refused(f"hf:{copy / 'vit'}:data={copy / 'vit-data'}", "custom code", "never run", "mmedge task new")
+    assert not (copy / "ran").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(copy) -> None:
+    with quiet():
+        config = tf.BertConfig(**{**hf_models.TEXT, "vocab_size": 8}, **hf_models.LABELS)
+        tf.BertForSequenceClassification(config).save_pretrained(copy / "bert")
+    refused(f"hf:{copy / 'bert'}:data={copy / 'bert-data'}", "the model has 8 tokens", "trained with")
+
+
 def test_damaged_weights_and_configs_are_found(copy) -> None:
     data = f"data={copy / 'vit-data'}"
     (copy / "vit/model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(TaskError, match="cannot be loaded"):
-        load_task(f"hf:{copy / 'vit'}:{data}", {})
+    refused(f"hf:{copy / 'vit'}:{data}", "cannot be loaded")
     for changes in ({"architectures": None}, {"architectures": []}, {"architectures": ["MyOwnModel"]}):
         edited(copy / "vit/config.json", **changes)
         refused(
             f"hf:{copy / 'vit'}:{data}", "architecture" if changes != {"architectures": ["MyOwnModel"]} else "MyOwn"
         )
     edited(copy / "vit/config.json", architectures=["ViTForImageClassification"], model_type="my-own")
-    with pytest.raises(TaskError, match="my-own"):
-        load_task(f"hf:{copy / 'vit'}:{data}", {})
+    refused(f"hf:{copy / 'vit'}:{data}", "my-own", "mmedge task new")
 
 
 def test_other_problems_than_one_class_of_several_are_refused(copy) -> None:
@@ -240,6 +294,40 @@ def test_data_must_be_there_and_enough(folder, tmp_path) -> None:
     (tmp_path / "one" / "dataset_dict.json").write_text("{")
     with pytest.raises(TaskError, match="cannot be read"):
         load_task(f"{model}:data={tmp_path / 'one'}", {})
+
+
+def images(folder: Path, tmp_path: Path, made: str) -> str:
+    """A task whose loader gives images made by an expression of ``i`` and ``r``, a generator of random numbers."""
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\nfrom PIL import Image\n\ndef batches(split, seed):\n"
+        "    r = np.random.default_rng([len(split), seed if split == 'train' else 0])\n"
+        f"    yield [{{'image': {made}, 'label': i % 4}} for i in range(8)]\n"
+    )
+    return f"hf:{folder / 'vit'}:loader={tmp_path / 'own.py'}:batches"
+
+
+def test_images_of_any_usual_mode_are_what_they_show(folder, tmp_path) -> None:
+    grey = "(r.integers(0, 255, (40, 40)).astype('uint16') + 0)"
+    eight = load_task(images(folder, tmp_path, f"Image.fromarray({grey}.astype('uint8'))"), {}).example()
+    sixteen = load_task(images(folder, tmp_path, f"Image.fromarray({grey} * 257)"), {}).example()
+    assert np.array_equal(eight.inputs["pixel_values"], sixteen.inputs["pixel_values"])
+    assert sixteen.inputs["pixel_values"].std() > 0.3  # and not white
+    for mode in ("1", "P", "LA", "RGBA", "CMYK"):
+        made = f"Image.fromarray(r.integers(0, 255, (40, 40, 3)).astype('uint8')).convert({mode!r})"
+        assert load_task(images(folder, tmp_path, made), {}).example().inputs["pixel_values"].shape == (8, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ("r.random((40, 40, 3)).astype('float32')", "float32 (40, 40, 3)"),
+        ("r.integers(0, 255, (3, 40, 40)).astype('uint8')", "uint8 (3, 40, 40)"),
+        ("r.random((40, 40)).astype('float32')", "mode F"),
+        ("r.integers(0, 9, (40, 40)).astype('int32')", "mode I"),
+    ],
+)
+def test_images_whose_meaning_is_not_known_are_refused(folder, tmp_path, made, said) -> None:
+    refused(images(folder, tmp_path, made), said, "own.py")
 
 
 def test_audio_must_have_the_models_rate(folder, tmp_path) -> None:

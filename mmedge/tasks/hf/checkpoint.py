@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from mmedge.errors import TaskError, UsageError, needs_extra
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # of a model on the hub: no code, no pickle
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_OWN_CODE = "code that comes with a model is never run: write a task of your own around it (mmedge task new)"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -136,13 +137,21 @@ class Checkpoint:
             with quiet():
                 model, found = self._loaded()
         except Exception as err:  # what a damaged or foreign file makes of the loader has no common type
-            raise TaskError(f"the weights cannot be loaded: {_first_line(err)}", where=where) from err
+            fix = "copy config.json and the weights again from where the model was trained: both must be of one model"
+            raise TaskError(f"the weights cannot be loaded: {_first_line(err)}", where=where, fix=fix) from err
         if missing := sorted(found["missing_keys"]):
             raise TaskError(
-                f"the checkpoint has no weights for {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}: they "
-                "would be random",
+                f"the checkpoint has no weights for {_listed(missing)}: they would be random",
                 where=where,
                 fix=f"give a checkpoint that was trained as {self.architecture.__name__}",
+            )
+        if spare := sorted(found["unexpected_keys"]):
+            name = self.architecture.__name__
+            raise TaskError(
+                f"the checkpoint has weights that config.json gives no place: {_listed(spare)}",
+                where=where,
+                fix=f"make config.json that of the trained model; where they belong to another head, save it without "
+                f"them: transformers.{name}.from_pretrained(HERE).save_pretrained(DIRECTORY)",
             )
         return model.eval()
 
@@ -224,13 +233,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as err:  # wrong values in the file surface as whatever they break
         raise TaskError(
-            f"config.json is damaged or of an unknown model: {_first_line(err)}", where=str(folder)
+            f"config.json is damaged or of an unknown model: {_first_line(err)}", where=str(folder), fix=_OWN_CODE
         ) from err
     architecture = getattr(transformers, names[0], None)
     if not isinstance(architecture, type):
         problem = f"{names[0]} is no class of transformers {transformers.__version__}"
-        fix = "code that comes with a model is never run: write a task of your own around it (mmedge task new)"
-        raise TaskError(problem, where=str(path), fix=fix)
+        raise TaskError(problem, where=str(path), fix=_OWN_CODE)
     return Checkpoint(folder, config, architecture)
 
 
@@ -248,5 +256,12 @@ def _architectures(path: Path) -> list[str]:
 
 
 def _first_line(err: BaseException) -> str:
+    """What an error says first; of ``Error(s) in …:`` the first error too."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]
-    return lines[0] if lines else type(err).__name__
+    if not lines:
+        return type(err).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")

@@ -76,7 +76,8 @@ class Encoder:
         column = self._columns[kind]
         missing = next((index for index, sample in enumerate(samples) if sample.get(column) is None), None)
         if missing is not None:
-            raise TaskError(f"sample {missing} of a batch has no {column!r}", where=self.source.name)
+            fix = "leave such samples out, or name another column or split"
+            raise TaskError(f"sample {missing} of a batch has no {column!r}", where=self.source.name, fix=fix)
         return [sample[column] for sample in samples]
 
     # --- images and audio
@@ -88,8 +89,7 @@ class Encoder:
     def _pixels(self, images: Sequence[Any]) -> Array:
         from PIL import Image
 
-        pictures = [image if hasattr(image, "convert") else Image.fromarray(image) for image in images]
-        pictures = [picture.convert("RGB") for picture in pictures]
+        pictures = [_picture(image, self.source.name) for image in images]
         options: dict[str, Any] = {}
         if self.checkpoint.model_type == "vilt":  # an engine has one size: the whole picture, stretched to it
             side = self.checkpoint.config.image_size
@@ -151,7 +151,7 @@ class Encoder:
         return length
 
     def _encoded(self, texts: Sequence[str], pairs: Sequence[str] | None, length: int) -> Any:
-        return self._tokenizer(
+        made = self._tokenizer(
             list(texts),
             list(pairs) if pairs is not None else None,
             padding="max_length",
@@ -161,6 +161,19 @@ class Encoder:
             return_attention_mask=True,
             return_tensors="np",
         )
+        if (largest := int(made["input_ids"].max())) >= self._vocabulary:
+            raise TaskError(
+                f"the tokenizer gives token {largest}, the model has {self._vocabulary} tokens",
+                where=str(self.checkpoint.folder),
+                fix="save the tokenizer that the model was trained with beside it",
+            )
+        return made
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        config = self.checkpoint.config
+        parts = (config, getattr(config, "text_config", None), getattr(config, "decoder", None))
+        return max(int(getattr(part, "vocab_size", None) or 0) for part in parts)
 
     def _tokens(self, samples: Sequence[Sample]) -> dict[str, Array]:
         pairs = self._values(samples, "text_pair") if "text_pair" in self._columns else None
@@ -207,7 +220,8 @@ class Encoder:
         raise TaskError(
             f"label {value!r} of column {column!r} is none of the model's {config.num_labels}",
             where=self.source.name,
-            fix=f"the model knows {', '.join(known)}{more}; integers count from 0; name another column with label=",
+            fix=f"the model knows {', '.join(known)}{more}; integers count from 0; name another column with label=, "
+            "another split with test=",
         )
 
     @cached_property
@@ -218,6 +232,24 @@ class Encoder:
         """Whether the model's classes have names of their own to go by, and not only LABEL_0, LABEL_1 …"""
         generic = all(name == f"label_{index}" for name, index in self._by_name.items())
         return not generic and not all(name.isdigit() for name in names)
+
+
+def _picture(image: Any, where: str) -> Any:
+    """An image in 8-bit RGB; of 16-bit greys the upper eight."""
+    from PIL import Image
+
+    try:
+        picture = image if hasattr(image, "convert") else Image.fromarray(image)
+    except TypeError as err:
+        problem = f"an image is {image.dtype} {image.shape}"
+        fix = "give uint8 (height, width) or (height, width, 3), or PIL images"
+        raise TaskError(problem, where=where, fix=fix) from err
+    if picture.mode.startswith("I;16"):  # PIL itself would clip at 255: white
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    elif picture.mode in ("I", "F"):
+        problem = f"an image is of mode {picture.mode}: its range is not known"
+        raise TaskError(problem, where=where, fix="convert the data to 8-bit images")
+    return picture.convert("RGB")
 
 
 def _identity(text: str) -> int:

@@ -143,7 +143,8 @@ def _open(path: Path) -> dict[str, Any]:
                 found = datasets.load_dataset(kind, data_dir=str(path))
     except Exception as err:  # damaged files surface as whatever their reader makes of them
         lines = str(err).strip().splitlines() or [type(err).__name__]
-        raise TaskError(f"the data cannot be read: {lines[0]}", where=f"data={path}") from err
+        fix = "copy it again; a folder holds one data set, in files of one kind"
+        raise TaskError(f"the data cannot be read: {lines[0]}", where=f"data={path}", fix=fix) from err
     splits = dict(found) if isinstance(found, Mapping) else {"all": found}
     return {name: _without_decoders(data) for name, data in splits.items()}
 
@@ -256,7 +257,8 @@ def columns_of(sample: Sample, kinds: Sequence[str], named: Mapping[str, str], w
             problem, fix = unknown("column", name, sample)
             raise TaskError(problem, where=f"{where}: {kind}={name}", fix=fix)
         if not _FITS[kind.removesuffix("_pair")](sample[name]):
-            raise TaskError(f"column {name!r} holds {type(sample[name]).__name__}, no {kind}", where=where)
+            fix = f"the columns are {', '.join(sample)}"
+            raise TaskError(f"column {name!r} holds {type(sample[name]).__name__}, no {kind}", where=where, fix=fix)
     for kind in kinds:
         if kind not in found:
             found[kind] = _column(sample, kind, set(found.values()), where)
