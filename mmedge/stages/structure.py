@@ -292,7 +292,7 @@ def count(module: nn.Module, inputs: Mapping[str, Tensor], outputs: tuple[str, .
     reports); normalisation, activations and additions are not. Tied parameters count once.
     """
     one = {name: value[:1] for name, value in inputs.items()}
-    with _counting() as counter:
+    with _counting(module) as counter:
         outputs_of(module, one, outputs)
     return {"parameters": sum(p.numel() for p in module.parameters()), "macs": counter.get_total_flops() // 2}
 
@@ -307,7 +307,7 @@ def macs_by_module(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str,
     started: list[int] = []
     paths = {child: path for path, child in module.named_modules()}
 
-    with _counting() as counter:
+    with _counting(module) as counter:
 
         def enter(child: nn.Module, _: Any) -> None:
             started.append(counter.get_total_flops())
@@ -329,13 +329,17 @@ def macs_by_module(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str,
 
 
 @contextmanager
-def _counting() -> Iterator[Any]:
+def _counting(module: nn.Module) -> Iterator[Any]:
     """A counter of floating-point operations. It sees operators, so no layer, attention or LSTM may run fused."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
+    # The counter asks for the gradient of what enters a module; a parameter that does so has none without gradients.
+    learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
     try:
         # The processor's fused attention is one operator that is not counted.
         with (
@@ -347,3 +351,5 @@ def _counting() -> Iterator[Any]:
             yield counter
     finally:
         torch._C._set_mkldnn_enabled(before)
+        for parameter in learned:
+            parameter.requires_grad_(True)

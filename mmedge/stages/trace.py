@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import io
+import linecache
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -73,10 +76,23 @@ def program_of(module: nn.Module, task: Task) -> ExportedProgram:
         reason = str(err).strip().splitlines() or [type(err).__name__]
         raise StageError(
             f"torch.export cannot follow the model: {type(err).__name__}: {reason[0]}",
-            where=f"task {task.name}",
-            fix="use tensor operations only in forward(): no data-dependent branches, no fixed batch size in view() or "
-            "expand(), no NumPy; `mmedge task check` shows the whole message with -v",
+            where=f"task {task.name}{_culprit(err, module)}",
+            fix="use tensor operations only in forward(): torch.where in place of branches on values, no .item(), no "
+            "fixed batch size in view() or expand(), no NumPy; `mmedge task check` shows the whole message with -v",
         ) from err
+
+
+def _culprit(err: Exception, module: nn.Module) -> str:
+    """The part of ``module`` in whose code ``err`` was raised, and the line; empty where it is not in one."""
+    paths = {id(child): path for path, child in module.named_modules()}
+    found = ""
+    for frame, number in walk_tb(err.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in paths:
+            file = frame.f_code.co_filename
+            name = f"{paths[id(owner)] or 'the model'} ({type(owner).__name__})"
+            found = f": {name}: {Path(file).name} line {number}, `{linecache.getline(file, number).strip():.80}`"
+    return found
 
 
 def _rows(tensor: Tensor, count: int) -> Tensor:
@@ -102,7 +118,8 @@ def quiet() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        # Of a model that it cannot follow, torch.export prints the whole graph so far to stderr.
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -1,0 +1,92 @@
+"""Models that resist: what cannot be traced is named, and what is unusual is counted all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from command import mmedge
+from families import task_of
+from torch import Tensor, nn
+
+from mmedge.errors import StageError
+from mmedge.stages.structure import count, macs_by_module
+from mmedge.stages.trace import program_of
+
+
+class Gate(nn.Module):
+    """Control flow that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.linear(x)
+        return found if found.sum() > 0 else x
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(x.mean())
+
+
+class Net(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 16), inner)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, signal: Tensor) -> Tensor:
+        return self.head(self.body(signal))
+
+
+@pytest.mark.parametrize(
+    ("inner", "named"),
+    [(Gate(), "(Gate): test_hostile_models.py line 27, `return found if"), (Scaled(), "`return x * float(x.mean())`")],
+)
+def test_the_module_that_cannot_be_traced_is_named(capfd: pytest.CaptureFixture[str], inner, named) -> None:
+    task = task_of(Net(inner), {"signal": (4,)})
+    with pytest.raises(StageError, match="cannot follow the model") as caught:
+        program_of(task.model, task)
+    assert str(caught.value).startswith("task random: body.1 (")
+    assert named in str(caught.value)
+    assert "torch.where" in (caught.value.fix or "")
+    assert capfd.readouterr() == ("", "")  # torch.export would print the graph
+
+
+def test_the_command_says_it_in_two_lines(template: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    source = template.read_text().replace(
+        "return self.head(self.fusion(both))",
+        "both = both if both.sum() > 0 else -both\n        return self.head(self.fusion(both))",
+    )
+    for file in template.parent.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / template.name).write_text(source)
+    outcome = mmedge(monkeypatch, capsys, "task", "check", "-q", f"{tmp_path / template.name}:task")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert len(outcome.err.splitlines()) == 2
+    assert "the model (Net): my_task.py line " in outcome.err
+
+
+class Latents(nn.Module):
+    """A parameter enters a module as its input, as latents and relative positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.rand(3, 8))
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 10)
+
+    def forward(self, signal: Tensor) -> Tensor:
+        return signal @ self.linear(self.norm(self.latents))
+
+
+def test_a_parameter_that_enters_a_module_is_counted() -> None:
+    model = Latents()
+    model.norm.weight.requires_grad_(False)
+    signal = {"signal": torch.rand(2, 3)}
+    assert count(model, signal, ("logits",)) == {"parameters": 24 + 16 + 90, "macs": 3 * 8 * 10 + 3 * 10}
+    assert macs_by_module(model, signal) == {"linear": 240, "": 30}
+    learned = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert learned == ["latents", "norm.bias", "linear.weight", "linear.bias"]
