@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmedge.cli.main import main
+from mmedge.cli.main import LAUNCHERS_TURN_S, main
 from mmedge.pipeline import compress as pipeline
 from mmedge.progress import Progress
 from mmedge.recipe import load_recipe
@@ -175,6 +175,30 @@ def test_two_processes_share_the_training_and_the_first_does_the_rest(undisturbe
     one, two = (json.loads((each / "report.json").read_text())["stages"][-1] for each in (undisturbed, run))
     accuracies = [stage["results"][0]["accuracy"]["value"] for stage in (one, two)]
     assert abs(accuracies[0] - accuracies[1]) < 0.01
+
+
+def test_of_two_processes_one_says_what_is_wrong_with_the_recipe(recipe_file, tmp_path) -> None:
+    pytest.importorskip("accelerate")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(recipe_file.read_text().replace("epochs", "epoks"))
+    began = time.monotonic()
+    status, output, errors = ended(["--recipe", str(wrong), "--output", str(tmp_path / "run")], TORCHRUN)
+    assert time.monotonic() - began < 60
+    assert status != 0
+    assert output == ""
+    assert errors.count("unknown key 'epoks'") == 1
+    assert "exitcode  : 2" in errors
+
+
+def test_what_only_another_process_finds_is_said_after_a_while(monkeypatch, capsys) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["mmedge", "compress", "--recipe", "no_such"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code, waited) == (2, [LAUNCHERS_TURN_S])
+    assert "no_such" in capsys.readouterr().err
 
 
 WRONG = {

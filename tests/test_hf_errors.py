@@ -202,6 +202,12 @@ def test_code_that_comes_with_a_model_is_not_run(copy) -> None:
     assert not (copy / "ran").exists()
 
 
+def test_a_start_token_beyond_the_vocabulary_is_refused(copy) -> None:
+    """transformers fills in that of the published models where the file has none."""
+    edited(copy / "whisper/config.json", decoder_start_token_id=50257)
+    refused(f"hf:{copy / 'whisper'}:data={copy / 'whisper-data'}", "decoder_start_token_id is 50257", "48 tokens")
+
+
 def test_a_tokenizer_of_another_model_is_refused(copy) -> None:
     with quiet():
         config = tf.BertConfig(**{**hf_models.TEXT, "vocab_size": 8}, **hf_models.LABELS)
@@ -334,6 +340,10 @@ def test_audio_must_have_the_models_rate(folder, tmp_path) -> None:
     rows = {"audio": [{"array": [0.1] * 500, "sampling_rate": 8000}] * 20, "text": ["say red"] * 20}
     refused(
         f"hf:{folder / 'whisper'}:{saved(Dataset.from_dict(rows), tmp_path / '1')}", "8000 Hz", "640 Hz", "resample"
+    )
+    rows["audio"] = [{"array": [[0.1] * 500] * 2, "sampling_rate": 640}] * 20
+    refused(
+        f"hf:{folder / 'whisper'}:{saved(Dataset.from_dict(rows), tmp_path / '3')}", "shape (2, 500)", "one channel"
     )
     rows["audio"] = [{"bytes": b"RIFF no wave", "path": None}] * 20
     refused(f"hf:{folder / 'whisper'}:{saved(Dataset.from_dict(rows), tmp_path / '2')}", "cannot be read", "16-bit WAV")

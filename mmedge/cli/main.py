@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import time
 import traceback
 
 import click
@@ -19,6 +20,8 @@ EPILOG = (
     "Exit status: 0 done; 1 a bug in mmedge; 2 usage, recipe or task error; 3 a gate failed (the run and its report "
     "are complete); 4 a target or device is not available here; 130 interrupted (the same command resumes)."
 )
+
+LAUNCHERS_TURN_S = 15.0  # a launcher ends the other processes well within, also on a machine that is busy
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -53,6 +56,7 @@ def main() -> None:
         print(f"\ninterrupted; what is finished is kept. To go on:\n  {again}", file=sys.stderr)
         status = 130
     except MmedgeError as err:
+        _let_the_first_speak()
         if verbose:
             traceback.print_exc()
         print(f"error: {err}", file=sys.stderr)
@@ -67,6 +71,15 @@ def main() -> None:
         print(f"error: this is a bug in mmedge ({type(err).__name__}); please report it", file=sys.stderr)
         status = 1
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _let_the_first_speak() -> None:
+    """Of processes that a launcher started side by side, wait with an error: the first has found the same, as a rule.
+
+    Then the launcher ends this one before it says it again. What only this process has found is said after the wait.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        time.sleep(LAUNCHERS_TURN_S)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 
@@ -34,6 +35,7 @@ def check_model(task: Task) -> None:
         TaskError: names what is wrong.
     """
     where = f"task {task.name}"
+    _check_copies(task.model, where)
     for name, tensor in task.model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):
             raise TaskError(f"{name} in the model's state is {type(tensor).__name__}, not a tensor", where=where)
@@ -55,6 +57,21 @@ def check_model(task: Task) -> None:
     _check_loss(task, outputs, batch)
     for metric in (task.metric, *task.also):
         task.score({name: tensor.numpy() for name, tensor in outputs.items()}, batch.targets, metric)
+
+
+def _check_copies(model: torch.nn.Module, where: str) -> None:
+    """Stages work on copies."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}  # which can be copied
+    try:
+        copy.deepcopy(model, tensors)
+    except Exception as err:
+        raise TaskError(
+            f"the model cannot be copied: {type(err).__name__}: {(str(err).splitlines() or [''])[0]:.200}",
+            where=where,
+            fix="keep parameters, buffers and plain values in modules, no tensors computed from them: call "
+            "torch.nn.utils.remove_weight_norm() where weight_norm() was applied, or take "
+            "torch.nn.utils.parametrizations.weight_norm",
+        ) from err
 
 
 def _forward(task: Task, batch: Batch) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from mmedge.errors import StageError
 from mmedge.stages.base import outputs_of
 from mmedge.stages.pruning.attention import Attention, Heads, Side, attentions_of
-from mmedge.stages.pruning.graph import Edges, Item, Together, walk
+from mmedge.stages.pruning.graph import Edges, Item, Together, dependencies_of, walk
 from mmedge.stages.pruning.groups import Group, Part, plain, side_by_side
 from mmedge.stages.pruning.layers import blocks_of, slots_of
 from mmedge.stages.pruning.standins import Seen, SpelledOut, close, stand_in
@@ -146,8 +146,6 @@ class _Graph:
         self.edges = Edges(self.graph, self.calls)
 
     def _trace(self, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Any:
-        import torch_pruning
-
         made: list[tuple[Tensor, nn.Module]] = []
 
         def note(module: nn.Module, _: Any, output: Any) -> None:
@@ -177,9 +175,7 @@ class _Graph:
         network = nn.ModuleList([self.module, self.spelled_out.layers])
         try:
             with quiet(), torch.enable_grad():
-                return torch_pruning.DependencyGraph().build_dependency(
-                    network, dict(inputs), forward_fn=forward, verbose=False
-                )
+                return dependencies_of(network, inputs, forward)
         except Exception as err:
             raise Untraceable(err) from err
 

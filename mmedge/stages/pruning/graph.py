@@ -7,12 +7,12 @@ follows the graph from one layer and tells for every place which channels of tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
@@ -69,6 +69,36 @@ class Item:
 
     dependency: Any
     indices: list[Index]
+
+
+def dependencies_of(network: nn.Module, inputs: Mapping[str, Tensor], forward: Callable[..., Any]) -> Any:
+    """torch-pruning's graph of a network.
+
+    Args:
+        network: what is traced.
+        inputs: an example.
+        forward: calls the network with the example, and returns its outputs.
+    """
+    from torch_pruning import DependencyGraph
+
+    class Graph(DependencyGraph):  # type: ignore[misc]
+        """With the sizes of what is concatenated, which torch-pruning does not find behind some operators."""
+
+        def _build_dependency(self, nodes: Mapping[nn.Module, Any]) -> None:
+            super()._build_dependency(nodes)
+            for node in nodes.values():
+                if _kind(node) == "cat" and node.module.concat_sizes is None:
+                    node.module.concat_sizes = _sizes(node.grad_fn)
+
+    return Graph().build_dependency(network, dict(inputs), forward_fn=forward, verbose=False)
+
+
+def _sizes(cat: Any) -> list[int] | None:
+    """The sizes of all operands along the dimension of the concatenation; None where one has no history."""
+    if any(before is None for before, _ in cat.next_functions):
+        return None
+    rank = len(cat._input_metadata[0].shape)
+    return [_shape(before, output)[_signed(cat._saved_dim) % rank] for before, output in cat.next_functions]
 
 
 def walk(graph: Any, edges: Edges, layer: nn.Module, side: str = "out") -> tuple[list[Item], list[set[int]]]:

@@ -114,7 +114,11 @@ class Encoder:
         if own_rate != rate:
             fix = f"resample the data to {rate} Hz before"
             raise TaskError(f"audio at {own_rate} Hz, the model takes {rate} Hz", where=self.source.name, fix=fix)
-        return np.asarray(array, np.float32)
+        wave = np.asarray(array, np.float32)
+        if wave.ndim != 1 or not wave.size:
+            fix = "give one channel of samples: the mean over the channels, say"
+            raise TaskError(f"audio has the shape {wave.shape}", where=self.source.name, fix=fix)
+        return wave
 
     # --- text
 
@@ -202,6 +206,10 @@ class Encoder:
         if found is None:
             fix = "set decoder_start_token_id in config.json to what the model was trained with"
             raise TaskError("config.json has no decoder_start_token_id", where=str(self.checkpoint.folder), fix=fix)
+        if found >= self._vocabulary:
+            fix = "set it in config.json to what the model was trained with"
+            problem = f"decoder_start_token_id is {found}, the model has {self._vocabulary} tokens"
+            raise TaskError(problem, where=str(self.checkpoint.folder), fix=fix)
         return int(found)
 
     # --- labels

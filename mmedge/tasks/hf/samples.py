@@ -142,7 +142,8 @@ def _open(path: Path) -> dict[str, Any]:
             else:
                 found = datasets.load_dataset(kind, data_dir=str(path))
     except Exception as err:  # damaged files surface as whatever their reader makes of them
-        lines = str(err).strip().splitlines() or [type(err).__name__]
+        reason = err.__cause__ or err  # datasets' own says no more than that it failed
+        lines = str(reason).strip().splitlines() or [type(reason).__name__]
         fix = "copy it again; a folder holds one data set, in files of one kind"
         raise TaskError(f"the data cannot be read: {lines[0]}", where=f"data={path}", fix=fix) from err
     splits = dict(found) if isinstance(found, Mapping) else {"all": found}
