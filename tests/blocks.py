@@ -357,6 +357,65 @@ def _stacked(attention: Callable[[], nn.Module]) -> Callable[[], tuple[nn.Module
     return lambda: (Stack(attention), {"x": (6, 8)})
 
 
+class RotaryAttention(nn.Module):
+    """Grouped queries with rotary embeddings as most write them: a concatenation of sums of products of halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = 8, 4, 8
+        self.q_proj, self.o_proj = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.k_proj, self.v_proj = nn.Linear(64, 32), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q = self._turned(self.q_proj(x).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2))
+        k = self._turned(self.k_proj(x).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2))
+        v = self.v_proj(x).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        k, v = (part.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for part in (k, v))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, -1))
+
+    @staticmethod
+    def _turned(x: Tensor) -> Tensor:
+        one, two = x.chunk(2, -1)
+        angle = torch.arange(x.shape[2])[:, None] / 100 ** (torch.arange(one.shape[-1]) / one.shape[-1])
+        return torch.cat([one * angle.cos() - two * angle.sin(), one * angle.sin() + two * angle.cos()], -1)
+
+
+class Rotary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.attention = nn.Embedding(50, 64), nn.RMSNorm(64), RotaryAttention()
+        self.mlp = nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.attention(self.norm(x))
+        return self.head((x + self.mlp(x)).mean(1))
+
+
+class UNet(nn.Module):
+    """An image to an image: skip connections are concatenated on the way up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = _conv(3, 32), _conv(32, 64, 2), _conv(64, 96, 2)
+        self.up_two, self.back_two = nn.ConvTranspose2d(96, 64, 2, 2), _conv(128, 64)
+        self.up_one, self.back_one = nn.ConvTranspose2d(64, 32, 2, 2), _conv(64, 32)
+        self.head = nn.Conv2d(32, 10, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        one = self.one(image)
+        two = self.two(one)
+        x = self.back_two(torch.cat([self.up_two(self.three(two)), two], 1))
+        return self.head(self.back_one(torch.cat([self.up_one(x), one], 1)))
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
+    conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
 BLOCKS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "encoder": lambda: (CnnTransformer(), {"image": (3, 8, 8), "depth": (1, 4, 4)}),
     "decoder": lambda: (Decoder(), {"tokens": (5,), "image": (3, 32, 32)}),
@@ -373,5 +432,7 @@ BLOCKS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "recurrent": lambda: (Recurrent(), {"speech": (5, 7)}),
     "temporal": lambda: (Temporal(), {"signal": (12, 20)}),
     "convolutions": lambda: (Convolutions(), {"image": (3, 16, 16)}),
+    "rotary": lambda: (Rotary(), {"tokens": (6,)}),
+    "unet": lambda: (UNet(), {"image": (3, 16, 16)}),
     "open_clip": lambda: (OpenClip(), {"image": (3, 32, 32)}),
 }

@@ -225,6 +225,22 @@ def llama(tf: Any) -> tuple[nn.Module, Inputs]:
     return Called(tf.LlamaForCausalLM(config), use_cache=False), TOKENS
 
 
+def distilbert(tf: Any) -> tuple[nn.Module, Inputs]:
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128}
+    config = tf.DistilBertConfig(vocab_size=50, max_position_embeddings=32, num_labels=10, **sizes)
+    return Called(tf.DistilBertForSequenceClassification(config)), TOKENS
+
+
+def deit(tf: Any) -> tuple[nn.Module, Inputs]:
+    return Called(tf.DeiTForImageClassificationWithTeacher(tf.DeiTConfig(**VISION))), IMAGE
+
+
+def audio_spectrogram(tf: Any) -> tuple[nn.Module, Inputs]:
+    sizes = {name: value for name, value in VISION.items() if name != "image_size"}
+    config = tf.ASTConfig(**sizes, max_length=64, num_mel_bins=32)
+    return Called(tf.ASTForAudioClassification(config)), {"input_values": (64, 32)}
+
+
 TRANSFORMERS: dict[str, Callable[[Any], tuple[nn.Module, Inputs]]] = {
     "clip": clip,
     "vit": vit,
@@ -234,4 +250,7 @@ TRANSFORMERS: dict[str, Callable[[Any], tuple[nn.Module, Inputs]]] = {
     "vision_encoder_decoder": vision_encoder_decoder,
     "whisper": whisper,
     "llama": llama,
+    "distilbert": distilbert,
+    "deit": deit,
+    "audio_spectrogram": audio_spectrogram,
 }

@@ -13,6 +13,7 @@ from families import assert_exports, context_of, prune, task_of
 from torch import Tensor, nn
 
 import mmedge.stages.prune as prune_stage
+from mmedge.errors import StageError
 from mmedge.stages.base import Network
 from mmedge.stages.prune import Prune
 from mmedge.stages.pruning import attention, coupling, graph, layers, narrowing, standins
@@ -39,7 +40,7 @@ def test_block_is_narrowed_everywhere(name: str) -> None:
 
 
 # benchmarks/prune_families.py does it for all of them
-ENGINES = ("decoder", "timm", "grouped", "co_attention", "recurrent", "convolutions")
+ENGINES = ("decoder", "timm", "grouped", "co_attention", "recurrent", "convolutions", "rotary", "unet")
 
 
 def widths(name: str) -> set[str]:
@@ -161,6 +162,12 @@ def test_layers_and_directions_choose_their_own_channels() -> None:
     found = coupling.groups_of(Reader(), {"x": torch.randn(2, 5, 8)}, ("logits",))
     (group,) = found.groups
     assert (group.name, group.width, len(group.parts), group.channels) == ("gru", 32, 4, 128)
+
+
+def test_sizes_of_what_is_concatenated_come_from_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "_sizes", lambda cat: None)
+    with pytest.raises(StageError, match="torch-pruning cannot follow the model"):
+        widths("rotary")
 
 
 class Reader(nn.Module):
