@@ -394,6 +394,20 @@ class Rotary(nn.Module):
         return self.head((x + self.mlp(x)).mean(1))
 
 
+class Flattened(nn.Module):
+    """Pixels flattened with the channels and joined with another sensor's features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.camera = nn.Sequential(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU())
+        self.inertial = nn.Sequential(nn.Linear(6, 64), nn.ReLU())
+        self.fusion, self.head = nn.Linear(576, 64), nn.Linear(64, 10)
+
+    def forward(self, image: Tensor, motion: Tensor) -> Tensor:
+        both = torch.cat([self.camera(image).flatten(1), self.inertial(motion)], 1)
+        return self.head(F.relu(self.fusion(both)))
+
+
 class UNet(nn.Module):
     """An image to an image: skip connections are concatenated on the way up."""
 
@@ -433,6 +447,7 @@ BLOCKS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "temporal": lambda: (Temporal(), {"signal": (12, 20)}),
     "convolutions": lambda: (Convolutions(), {"image": (3, 16, 16)}),
     "rotary": lambda: (Rotary(), {"tokens": (6,)}),
+    "flattened": lambda: (Flattened(), {"image": (1, 16, 16), "motion": (6,)}),
     "unet": lambda: (UNet(), {"image": (3, 16, 16)}),
     "open_clip": lambda: (OpenClip(), {"image": (3, 32, 32)}),
 }

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command import mmedge
-from families import task_of
+from families import context_of, task_of
 from torch import Tensor, nn
 
 from mmedge.errors import StageError, TaskError
 from mmedge.pipeline.check import check_model
+from mmedge.stages.base import Network
+from mmedge.stages.distill import Distill
+from mmedge.stages.prune import Prune
 from mmedge.stages.structure import count, macs_by_module
 from mmedge.stages.trace import program_of
 
@@ -90,6 +96,37 @@ def test_a_model_that_cannot_be_copied_is_refused_before_any_work() -> None:
         check_model(task)
     nn.utils.remove_weight_norm(task.model.linear)
     check_model(task)
+
+
+class Bare(nn.Module):
+    """Nothing in it can be trained or narrowed."""
+
+    def forward(self, signal: Tensor) -> Tensor:
+        return signal.repeat(1, 3)[:, :10]
+
+
+def broken() -> nn.Module:
+    raise KeyError("weights")
+
+
+@pytest.mark.parametrize(
+    ("student", "said"),
+    [(broken, "student() raised KeyError"), (list, "student() returned list"), (Bare, "no parameters to train")],
+)
+def test_a_student_that_is_none_is_refused(student: Any, said: str) -> None:
+    task = replace(task_of(Net(nn.Identity()), {"signal": (4,)}), student=student)
+    with pytest.raises(StageError, match=re.escape(said)) as caught:
+        Distill(Distill.Config.model_validate({"student": "task", "features": 0})).run(
+            Network(task.model), context_of(task)
+        )
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("settings", [{"macs": 0.5}, {"width": 0.5}])
+def test_a_model_without_anything_to_prune_is_refused(settings: dict[str, float]) -> None:
+    task = task_of(Bare(), {"signal": (4,)})
+    with pytest.raises(StageError, match="prune"):
+        Prune(Prune.Config.model_validate(settings)).run(Network(task.model), context_of(task))
 
 
 class Latents(nn.Module):

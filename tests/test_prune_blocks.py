@@ -40,7 +40,7 @@ def test_block_is_narrowed_everywhere(name: str) -> None:
 
 
 # benchmarks/prune_families.py does it for all of them
-ENGINES = ("decoder", "timm", "grouped", "co_attention", "recurrent", "convolutions", "rotary", "unet")
+ENGINES = ("decoder", "timm", "grouped", "co_attention", "recurrent", "convolutions", "rotary", "unet", "flattened")
 
 
 def widths(name: str) -> set[str]:
@@ -96,6 +96,10 @@ def _no_exact_edges(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(graph.Edges, "_read", lambda self, node: None)
 
 
+def _no_flattening(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(graph.Edges, "_area", lambda self, node: 1)
+
+
 def _no_unused_results(patch: pytest.MonkeyPatch) -> None:
     class All(set[Any]):
         def __contains__(self, item: object) -> bool:
@@ -132,6 +136,7 @@ def _one_reading(patch: pytest.MonkeyPatch) -> None:
         ("open_clip", _no_products, "conv1"),
         ("gated_fusion", _no_halves, "halves"),
         ("gated_fusion", _no_exact_edges, "image"),
+        ("flattened", _no_flattening, "camera.2"),
         ("convolutions", _no_unused_results, "grouped"),
         ("temporal", _no_baking, "blocks.1.one"),
         ("recurrent", _no_counts_around, "gru"),

@@ -22,7 +22,7 @@ def of_task(context: Context) -> nn.Module:
     """The task's own student, its first weights drawn from the seed.
 
     Raises:
-        StageError: the task has none.
+        StageError: the task has none, or the function that builds it does not.
     """
     task = context.task
     if task.student is None:
@@ -33,7 +33,16 @@ def of_task(context: Context) -> nn.Module:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
-        return task.student().eval()
+        try:
+            student = task.student()
+        except Exception as err:
+            fix = "correct the function; -v shows where it happened"
+            problem = f"student() raised {type(err).__name__}: {err}"
+            raise StageError(problem, where=f"task {task.name}", fix=fix) from err
+    if not isinstance(student, nn.Module):
+        problem, fix = f"student() returned {type(student).__name__}", "return a torch.nn.Module"
+        raise StageError(problem, where=f"task {task.name}", fix=fix)
+    return student.eval()
 
 
 def blocks_to_keep(network: Network, ratio: float, context: Context) -> dict[str, list[int]]:
@@ -82,6 +91,9 @@ def check_fit(student: nn.Module, settings: Training, context: Context) -> Seen:
         StageError: with what to do.
     """
     _check_names(settings, context.task)
+    if not any(parameter.is_floating_point() for parameter in student.parameters()):
+        fix = "leave the stage out, or give a student that has parameters"
+        raise StageError("the student has no parameters to train", where=f"task {context.task.name}", fix=fix)
     inputs = _rows(as_tensors(context.task.example().inputs))
     mine = _try(student, settings, 0, inputs, context.task, "the student")
     theirs = _try(context.teacher, settings, 1, inputs, context.task, "the teacher")

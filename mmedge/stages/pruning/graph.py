@@ -51,6 +51,20 @@ class Alike:
 
 
 @dataclass(frozen=True)
+class Flattened:
+    """From channels to the ``area`` places that each has where pixels are flattened with them, or back."""
+
+    area: int
+    back: bool = False
+
+    def __call__(self, indices: list[Index]) -> list[Index]:
+        """The positions elsewhere."""
+        if self.back:
+            return list(dict.fromkeys((place // self.area, channel) for place, channel in indices))
+        return [(place * self.area + offset, channel) for place, channel in indices for offset in range(self.area)]
+
+
+@dataclass(frozen=True)
 class Foreign:
     """One of torch-pruning's own index mappings."""
 
@@ -227,7 +241,18 @@ class Edges:
             ]
             self.exact[id(after[copy])] = [there for there, _ in steps]
 
+    def _area(self, node: Any) -> int:
+        """How many places of its result a reshape makes of each channel: so many pixels are flattened with it."""
+        sources = self.sources(node)
+        if len(sources) != 1 or (before := self.axes.of(self.nodes[id(sources[0][1])])) is None:
+            return 1
+        shape, result = _shape(*sources[0][1:]), node.grad_fn._input_metadata[0].shape
+        after = _through(node.grad_fn, shape, before)
+        return 1 if after is None else int(result[after] // shape[before])
+
     def _leaving(self, node: Any, output: int) -> Steps | None:
+        if _kind(node) == "reshape" and self._area(node) > 1:
+            return []  # it was taken into account on the way in
         if _kind(node) != "split":
             return None
         axis = self.axes.of(node)
@@ -241,6 +266,9 @@ class Edges:
         kind = _kind(node)
         if not kind:
             return None
+        if kind == "reshape":
+            area = self._area(node)
+            return [(Flattened(area), Flattened(area, back=True))] if area > 1 else None
         axis = self.axes.of(node)
         if axis is None or not _along(node, axis):
             return []  # within heads, say, where no channel of a layer can be told from another
@@ -257,7 +285,7 @@ class Edges:
 
 
 Steps = list[tuple[Map, Map]]  # there and back
-OPERATORS = {"_ConcatOp": "cat", "_SplitOp": "split", "_SliceOp": "slice"}
+OPERATORS = {"_ConcatOp": "cat", "_SplitOp": "split", "_SliceOp": "slice", "_ReshapeOp": "reshape"}
 
 
 def _kind(node: Any) -> str:
@@ -342,7 +370,9 @@ def _through(function: Any, shape: tuple[int, ...], axis: int) -> int | None:
     if name.startswith("Permute"):
         return [_signed(dim) % len(shape) for dim in function._saved_dims].index(axis)
     if "View" in name or "Reshape" in name:
-        fits = (j for j, size in enumerate(result) if size == shape[axis] and prod(result[:j]) == prod(shape[:axis]))
+        # Its own dimension, or one in which those behind it are flattened with it.
+        sizes = {prod(shape[axis:stop]) for stop in range(axis + 1, len(shape) + 1)}
+        fits = (j for j, size in enumerate(result) if size in sizes and prod(result[:j]) == prod(shape[:axis]))
         return next(fits, None)
     dims = getattr(function, "_saved_dim", ())
     dims = [_signed(dim) for dim in (dims if isinstance(dims, tuple) else (dims,))]

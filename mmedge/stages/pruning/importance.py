@@ -55,6 +55,8 @@ def scores_of(
         StageError: the loss is not finite or has no gradient, or there is one modality only.
     """
     every = [reading for group in groups for reading in (group, *group.others)]
+    if not every:
+        return {}
     if importance == "magnitude":
         return _add({}, every, lambda group, slot: _scaled_squares(module, group, slot))
     if importance == "activation":
