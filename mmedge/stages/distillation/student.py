@@ -91,12 +91,12 @@ def check_fit(student: nn.Module, settings: Training, context: Context) -> Seen:
         StageError: with what to do.
     """
     _check_names(settings, context.task)
-    if not any(parameter.is_floating_point() for parameter in student.parameters()):
-        fix = "leave the stage out, or give a student that has parameters"
-        raise StageError("the student has no parameters to train", where=f"task {context.task.name}", fix=fix)
     inputs = _rows(as_tensors(context.task.example().inputs))
     mine = _try(student, settings, 0, inputs, context.task, "the student")
     theirs = _try(context.teacher, settings, 1, inputs, context.task, "the teacher")
+    if not any(parameter.is_floating_point() for parameter in student.parameters()):
+        fix = "leave the stage out, or give a student that has parameters"
+        raise StageError("the student has no parameters to train", where=f"task {context.task.name}", fix=fix)
     where = f"task {context.task.name}: student"
     for name in _compared(settings, context.task):
         if mine.outputs[name].shape != theirs.outputs[name].shape:
