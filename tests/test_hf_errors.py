@@ -17,6 +17,7 @@ import transformers as tf
 from command import mmedge
 from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
 from hf_models import COLOURS, made
+from safetensors.torch import load_file, save_file
 
 from mmedge.errors import TaskError, UsageError
 from mmedge.task import load_task
@@ -157,6 +158,15 @@ def test_weights_that_are_not_there_are_not_made_up(copy) -> None:
 def test_weights_that_the_config_gives_no_place_are_not_left_out_in_silence(copy) -> None:
     edited(copy / "vit/config.json", num_hidden_layers=1)
     refused(f"hf:{copy / 'vit'}:data={copy / 'vit-data'}", "no place: vit.encoder.layer.1.", "config.json that of")
+    edited(copy / "vit/config.json", num_hidden_layers=2, qkv_bias=False)
+    refused(f"hf:{copy / 'vit'}:data={copy / 'vit-data'}", "no place: vit.encoder.layer.0.attention.attention.key.bias")
+
+
+def test_weights_of_another_head_do_no_harm(copy) -> None:
+    weights = copy / "vit/model.safetensors"
+    extra = {"vit.pooler.dense.weight": torch.ones(2, 2), "vit.embeddings.position_ids": torch.arange(3)}
+    save_file({**load_file(weights), **extra}, weights, metadata={"format": "pt"})
+    assert load_task(f"hf:{copy / 'vit'}:data={copy / 'vit-data'}", {}).model is not None
 
 
 def _truncated(at: Path) -> None:

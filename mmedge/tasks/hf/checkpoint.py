@@ -21,6 +21,7 @@ _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # of a model on the hub: no code, no pickle
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _OWN_CODE = "code that comes with a model is never run: write a task of your own around it (mmedge task new)"
+_COUNTED = ("position_ids", "inv_freq", "masked_bias")  # older versions saved what newer ones compute
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -145,7 +146,7 @@ class Checkpoint:
                 where=where,
                 fix=f"give a checkpoint that was trained as {self.architecture.__name__}",
             )
-        if spare := sorted(found["unexpected_keys"]):
+        if spare := sorted(name for name in found["unexpected_keys"] if _belongs(name, model)):
             name = self.architecture.__name__
             raise TaskError(
                 f"the checkpoint has weights that config.json gives no place: {_listed(spare)}",
@@ -265,3 +266,25 @@ def _first_line(err: BaseException) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+
+
+def _belongs(name: str, model: Any) -> bool:
+    """Whether a weight that found no place is one of a layer the model has, or of a further layer in a row of them.
+
+    Whole modules that it has not, a head for another task or a pooler, are left out by transformers for good reason.
+    """
+    from torch import nn
+
+    path = name.rpartition(".")[0]
+    if name.endswith(_COUNTED):
+        return False
+    known = dict(model.named_modules())
+    inside = next((part for part in _above(path) if part in known), "")
+    return path in known or isinstance(known[inside], nn.ModuleList)
+
+
+def _above(path: str) -> Iterator[str]:
+    """``a.b.c``, ``a.b``, ``a``."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
