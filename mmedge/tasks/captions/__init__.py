@@ -60,7 +60,7 @@ def task() -> Task:
         outputs=("encoder_hidden", "logits"),
         batches=batches,
         loss=loss,
-        metric=Metric("token_accuracy", data.token_accuracy),
+        metric=Metric("token_accuracy", data.token_accuracy, outputs=("logits",)),
         student=student,
         components=(
             Component("encoder", ("image",), ("encoder_hidden",)),
