@@ -14,6 +14,7 @@ import pytest
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # A process per processor runs tests: threads of one would wait for those of another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("COLUMNS", None)  # what is printed is tested at the width of a pipe, wherever tests are started
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -64,11 +64,12 @@ def test_only_training_depends_on_the_seed() -> None:
 def test_the_teacher_needs_both_modalities(task) -> None:
     right = {"both": 0, "audio": 0, "image": 0}
     total = 0
-    for batch in islice(task.stream("test"), 8):
+    for batch in islice(task.stream("test"), 2):
         total += len(batch)
         for kept in right:
             lost = {"audio": "image", "image": "audio"}.get(kept, "")
-            logits = task.model(**as_tensors(blank(task.inputs, batch.inputs, lost)))
+            with torch.no_grad():
+                logits = task.model(**as_tensors(blank(task.inputs, batch.inputs, lost)))
             right[kept] += int((logits.argmax(1).numpy() == batch.targets).sum())
     accuracy = {name: count / total for name, count in right.items()}
     assert accuracy["both"] > 0.97
