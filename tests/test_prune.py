@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,15 +21,6 @@ from mmedge.stages.pruning.soundness import Soundness
 from mmedge.stages.structure import Cut, Slot, count, macs_by_module, narrowed, tensors_of
 from mmedge.task import Task
 from mmedge.tasks.av_digits.model import AvDigits
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small networks are faster that way, and results do not depend on the machine's load."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def av_digits() -> Task:

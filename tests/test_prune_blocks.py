@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -17,14 +17,6 @@ from mmedge.errors import StageError
 from mmedge.stages.base import Network
 from mmedge.stages.prune import Prune
 from mmedge.stages.pruning import attention, coupling, graph, layers, narrowing, standins
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", [name for name in BLOCKS if name not in ("encoder", "fusion")])  # in test_prune.py

@@ -32,14 +32,6 @@ WORDS, PLACES, WIDTH, HEADS = 11, 6, 16, 2
 INT8 = {"quantize": {"calibration": {"samples": 32, "observer": "minmax"}}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- a small writer, whose attention can be had in several forms
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
 from decoders import Engines, expected, exported
 from families import context_of, prune
 
@@ -22,14 +20,6 @@ from mmedge.task import Batch, Task, load_task
 from mmedge.tasks import captions
 from mmedge.tasks.captions import data
 from mmedge.tensors import Array
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
