@@ -6,21 +6,26 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmedge.lower.attention import in_integers, is_scores, is_weighing, pair_behind
 from mmedge.lower.export import onnx_of, write
-from mmedge.lower.passes import nodes, quantized_weight
+from mmedge.lower.passes import constant, nodes, quantized_weight
 from mmedge.lower.shape import Release, shape_for
 from mmedge.pipeline.line import float_weights
 from mmedge.stages.base import Network, as_tensors, outputs_of
-from mmedge.stages.quantize import Quantize
+from mmedge.stages.quantization.prepared import attention_of
+from mmedge.stages.quantize import Quantize, prepare
 from mmedge.targets.base import Lowering, Target
 from mmedge.targets.onnxruntime import OnnxRuntime
-from mmedge.targets.openvino import OpenVino
+from mmedge.targets.openvino import OpenVino, compile_model
 from mmedge.task import Batch, Metric, Task, accuracy
 from mmedge.tensors import TensorSpec
 
@@ -179,6 +184,107 @@ def test_onnxruntime_adds_the_bias_inside_of_the_integer_product(quantized, tmp_
     assert coverage is not None
     assert coverage.fraction == 1.0
     assert {name.partition("/")[0] for name in coverage.int8} == {"patch", "q", "k", "v", "o", "up", "down", "head"}
+
+
+def rounded(model: ir.Model) -> dict[str, list[bool]]:
+    """By product of attention, whether its inputs come through pairs."""
+    found = {}
+    for node in nodes(model, "MatMul", "Einsum"):
+        if is_scores(node) or is_weighing(node):
+            found[node.op_type] = [pair_behind(value) is not None for value in node.inputs]
+    return found
+
+
+def test_only_targets_that_run_products_of_attention_in_int8_get_them_rounded(quantized, tmp_path) -> None:
+    _, portable = quantized
+    for number, lowering in enumerate((OpenVino.lowering, OnnxRuntime.lowering, Lowering())):
+        shape_for(portable, lowering, tmp_path / f"{number}.onnx")
+    in_integers, *in_float = (rounded(ir.load(tmp_path / f"{number}.onnx")) for number in range(3))
+    assert in_integers == {"Einsum": [True, True], "MatMul": [True, True]}  # scores over keys as they lie, and weighing
+    assert in_float == [{"MatMul": [False, False]}] * 2
+
+
+def test_openvino_runs_attention_in_int8_and_in_float_where_it_is_released(task, quantized, tmp_path) -> None:
+    """By the precision that its execution graph gives for the kernel that holds the softmax."""
+    network, portable = quantized
+    (attending,) = attention_of(network.prepared)
+    batch = task.example()
+    wanted = expected(network, task, batch)
+    for name, release in (("integers", None), ("float", Release((attending,), {}))):
+        shape_for(portable, OpenVino.lowering, tmp_path / f"{name}.onnx", release)
+        found = answers(OpenVino(), tmp_path / f"{name}.onnx", tmp_path / name, batch)
+        assert relative_error(found, wanted) < 0.05
+        _, compiled = compile_model(tmp_path / f"{name}.onnx", 1, "f32")
+        (precision,) = (
+            node.rt_info["runtimePrecision"].astype(str)
+            for node in compiled.get_runtime_model().get_ordered_ops()
+            if "/Softmax" in node.rt_info["originalLayersNames"].astype(str)
+        )
+        assert (precision == "i8") is (name == "integers")
+
+
+@pytest.mark.parametrize("factor", [None, 0.3])
+def test_integers_of_attention_stay_the_same_when_queries_are_scaled_while_dequantized(factor, tmp_path) -> None:
+    """``in_integers`` moves a factor and rounds the softmax; onnx's own interpreter says what that changes."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 6, 8), dtype=np.float32) for _ in range(3))
+    scale = "" if factor is None else f"f = Constant<value = float {{{factor}}}> () q1 = Mul (q0, f)"
+    text = f"""<ir_version: 9, opset_import: ["" : 20]> attend (float[B,6,8] q, float[B,6,8] k, float[B,6,8] v)
+        => (float[B,6,6] y) {{ s = Constant<value = float {{0.02}}> () z = Constant<value = int8 {{0}}> ()
+        qq = QuantizeLinear (q, s, z) q0 = DequantizeLinear (qq, s, z) {scale}
+        kq = QuantizeLinear (k, s, z) k0 = DequantizeLinear (kq, s, z) kt = Transpose<perm = [0, 2, 1]> (k0)
+        vq = QuantizeLinear (v, s, z) v0 = DequantizeLinear (vq, s, z)
+        scores = MatMul ({"q0" if factor is None else "q1"}, kt) w = Softmax (scores) y = MatMul (w, v0) }}"""
+    plain = onnx.parser.parse_model(text.replace("float[B,6,6] y", "float[B,6,8] y"))
+    onnx.save(plain, tmp_path / "plain.onnx")
+    model = ir.load(tmp_path / "plain.onnx")
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    in_integers(model)
+    ir.save(model, tmp_path / "integers.onnx")
+    feeds = {"q": q, "k": k, "v": v}
+    before, after = (
+        ReferenceEvaluator(str(tmp_path / f"{name}.onnx")).run(None, feeds)[0] for name in ("plain", "integers")
+    )
+    assert not list(nodes(model, "Mul"))
+    assert 0 < np.abs(before - after).max() <= 6 * np.abs(v).max() * 0.5 / 255  # six weights, each half a step off
+
+
+@pytest.mark.parametrize("tokens", [512, 513])
+def test_long_attention_and_attention_with_a_part_kept_float_are_left_alone(tokens) -> None:
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)).mean(1)
+
+    def samples(split: str, seed: int):
+        yield Batch({"x": np.zeros((2, tokens, 4), np.float32)}, np.zeros(2))
+
+    spec = TensorSpec("x", "float32", ("batch", tokens, 4), "x")
+    task = Task("long", Long().eval(), (spec,), ("y",), samples, lambda o, y: o["y"].sum(), Metric("a", accuracy))
+    for keep, short in (((), tokens == 512), (("k",), False)):
+        _, edits = prepare(Network(task.model), task, keep)
+        assert bool(edits["attention"]) is short
+
+
+def test_weights_go_to_openvino_without_zero_points_and_signed_where_only_products_read(quantized, tmp_path) -> None:
+    """With them it runs layers of a fixed batch in floating point, saying nothing."""
+    _, portable = quantized
+    shape_for(portable, OpenVino.lowering, tmp_path / "model.onnx")
+    for node in nodes(ir.load(tmp_path / "model.onnx"), "DequantizeLinear"):
+        weight = constant(node.inputs[0])
+        if weight is not None:
+            assert len(node.inputs) == 2
+            continue
+        zero = constant(node.inputs[2])
+        assert zero is not None
+        convolved = any(use.node.op_type == "Conv" for use in node.outputs[0].uses())
+        weighs = any(is_weighing(use.node) for use in node.outputs[0].uses())  # what a softmax gives is never negative
+        assert zero.dtype == (
+            np.uint8 if convolved or (weighs and not zero.any() and zero.dtype == np.uint8) else np.int8
+        )
 
 
 @pytest.mark.parametrize("target", [OnnxRuntime(), OpenVino()], ids=lambda target: target.name)

@@ -147,7 +147,7 @@ def nodes_of(model: ir.Model, kind: str) -> set[str]:
 
 
 def test_cpu_form_has_unsigned_activations_with_zero_at_the_bottom_after_relu(quantized, tmp_path) -> None:
-    model = lowered(quantized, tmp_path, Lowering(unsigned_activations=True, quantized_outputs=True, int32_bias=True))
+    model = lowered(quantized, tmp_path, Lowering(unsigned_activations="all", quantized_outputs=True, int32_bias=True))
     points: Counter[int] = Counter()
     for node in nodes(model, "QuantizeLinear"):
         zero = constant(node.inputs[2])
@@ -166,7 +166,7 @@ def test_cpu_form_has_unsigned_activations_with_zero_at_the_bottom_after_relu(qu
 
 @pytest.mark.parametrize(
     "lowering",
-    [Lowering(), Lowering(unsigned_activations=True), OnnxRuntime.lowering],
+    [Lowering(), Lowering(unsigned_activations="all"), OnnxRuntime.lowering],
     ids=["tensorrt", "openvino", "onnxruntime"],
 )
 def test_every_form_computes_what_pytorch_computes(quantized, tmp_path, lowering: Lowering) -> None:

@@ -2,16 +2,36 @@
 
 The exporter's own translation of ``scaled_dot_product_attention`` reshapes keys by sizes that it computes at run time
 and looks for NaN in every weight. The form here is two matrix products around one softmax, with the same result.
+
+In a Q/DQ graph queries, keys and values come through pairs. ``in_integers`` completes them, so that both products can
+run in INT8; ``in_floating_point`` takes them away.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import opset20 as op
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
+
+from mmedge.lower.passes import (
+    MOVING,
+    activation_pair,
+    add_constant,
+    constant,
+    ends_int8_convolution,
+    layer_of,
+    nodes,
+    producer,
+    replace,
+)
+
+KEYS = [0, 2, 3, 1]  # (batch, tokens, heads, width) to (batch, heads, width, tokens)
+AS_THEY_LIE = [0, 2, 1, 3]
 
 
 def attention(
@@ -42,3 +62,101 @@ def attention(
     bias = op.Where(seen, op.CastLike(0.0, query), op.CastLike(-math.inf, query))
     weights = op.Softmax(op.Add(scores, bias), axis=-1)
     return op.Mul(op.MatMul(weights, value), some)
+
+
+def in_floating_point(model: ir.Model, layers: Collection[str] | None = None) -> None:
+    """Take away what attention's products read through: of the modules ``layers``, or of all."""
+    for product in nodes(model, "MatMul"):
+        if not (is_scores(product) or is_weighing(product)) or (layers is not None and layer_of(product) not in layers):
+            continue
+        for value in product.inputs:
+            pair = pair_behind(value)
+            source = pair[0].inputs[0] if pair else None
+            # Behind a convolution it stands for the convolution's sake.
+            if pair is not None and source is not None and not ends_int8_convolution(source):
+                pair[1].outputs[0].replace_all_uses_with(source)
+
+
+def in_integers(model: ir.Model) -> None:
+    """Complete the pairs around attention's products.
+
+    Queries are scaled while they are dequantized, or the factor would stand between the pair and the product. What the
+    softmax gives needs no calibration: it lies between 0 and 1.
+    """
+    for product in nodes(model, "MatMul"):
+        query, other = (pair_behind(value) for value in product.inputs)
+        if other is None:
+            continue
+        if is_weighing(product):
+            _insert_pair(model, product, 1 / 255)
+        elif is_scores(product) and query is not None and len(query[1].outputs[0].uses()) == 1:
+            _scale_while_dequantizing(model, product, query[1])
+
+
+def keys_as_they_lie(model: ir.Model) -> None:
+    """Write scores as ``Einsum`` over keys that are not transposed.
+
+    OpenVINO makes a product of it that reads transposed keys itself; a Transpose in the graph it carries out, number by
+    number.
+    """
+    for product in nodes(model, "MatMul"):
+        transpose = producer(product.inputs[1], "Transpose")
+        if transpose is None or not is_scores(product) or len(list(transpose.outputs[0].uses())) != 1:
+            continue
+        if list(transpose.attributes["perm"].as_ints()) != KEYS:
+            continue
+        transpose.attributes["perm"] = ir.AttrInt64s("perm", AS_THEY_LIE)
+        transpose.outputs[0].shape = None
+        equation = {"equation": "bhqd,bhkd->bhqk"}
+        replace(model, product, ir.node("Einsum", product.inputs, attributes=equation, name=product.name))
+
+
+def pair_behind(value: ir.Value | None) -> tuple[ir.Node, ir.Node] | None:
+    """Quantize and dequantize node that ``value`` comes from, moved and scaled by a constant at most."""
+    while (pair := activation_pair(value)) is None:
+        node = producer(value, *MOVING, "Mul")
+        if node is None or node.op_type == "Concat" or (node.op_type == "Mul" and constant(node.inputs[1]) is None):
+            return None
+        value = node.inputs[0]
+    return pair
+
+
+def is_scores(product: ir.Node) -> bool:
+    """Whether a softmax reads a product, scaled and masked at most."""
+    value = product.outputs[0]
+    while len(uses := list(value.uses())) == 1 and uses[0].node.op_type in ("Mul", "Add", "Div", "Softmax"):
+        if uses[0].node.op_type == "Softmax":
+            return True
+        value = uses[0].node.outputs[0]
+    return False
+
+
+def is_weighing(product: ir.Node) -> bool:
+    """Whether a product takes values by the weights that a softmax gave."""
+    pair = activation_pair(product.inputs[0])
+    return producer(pair[0].inputs[0] if pair else product.inputs[0], "Softmax") is not None
+
+
+def _insert_pair(model: ir.Model, product: ir.Node, scale: float) -> None:
+    scaling = [
+        add_constant(model, "attention_scale", np.asarray(scale, np.float32)),
+        add_constant(model, "attention_zero_point", np.asarray(0, np.uint8)),
+    ]
+    quantize = ir.node("QuantizeLinear", [product.inputs[0], *scaling], name=f"{product.name}/Quantize")
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *scaling], name=f"{product.name}/Dequantize")
+    quantize.outputs[0].name, dequantize.outputs[0].name = f"{product.name}/quantized", f"{product.name}/weights"
+    model.graph.insert_before(product, [quantize, dequantize])
+    product.replace_input_with(0, dequantize.outputs[0])
+
+
+def _scale_while_dequantizing(model: ir.Model, product: ir.Node, dequantize: ir.Node) -> None:
+    """Let the dequantizer multiply by what stands between it and the product: the integers stay the same."""
+    multiply = producer(product.inputs[0], "Mul")
+    factor, scale = constant(multiply.inputs[1]) if multiply else None, constant(dequantize.inputs[1])
+    if multiply is None or factor is None or scale is None or factor.size != 1:
+        return
+    product.replace_input_with(0, multiply.inputs[0])
+    if not multiply.outputs[0].uses():
+        model.graph.remove(multiply, safe=True)
+    scaled = (scale * factor.reshape(())).astype(scale.dtype)
+    dequantize.replace_input_with(1, add_constant(model, "attention_query_scale", scaled))

@@ -13,7 +13,7 @@ from mmedge.errors import StageError
 from mmedge.lower.attention import attention
 from mmedge.lower.shape import save
 from mmedge.stages.base import Network
-from mmedge.stages.trace import layer_name, program_of, quiet
+from mmedge.stages.trace import TOP, layer_name, program_of, quiet
 from mmedge.task import Task
 
 OPSET = 20  # TensorRT 10.3 (JetPack 6.2) parses it, and it has Gelu and per-axis DequantizeLinear
@@ -116,7 +116,7 @@ def _module_path(node: ir.Node) -> str:
         return _without_wrappers(weight.removesuffix(".weight"))
     scopes = [part.strip(" '\"") for part in node.metadata_props.get(SCOPES, "").strip("[]").split(",")]
     module = next((part for part in reversed(scopes[:-1]) if part), "")
-    return _without_wrappers(module).removeprefix("module") or "model"
+    return _without_wrappers(module).removeprefix("module") or TOP
 
 
 def _without_wrappers(path: str) -> str:

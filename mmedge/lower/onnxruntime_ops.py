@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from mmedge.lower.passes import activation_pair, constant, nodes, producer, quantized_weight
+from mmedge.lower.passes import activation_pair, constant, nodes, producer, quantized_weight, replace
 
 DOMAIN = "com.microsoft"
 
@@ -22,7 +22,8 @@ def integer_products(model: ir.Model) -> None:
         for value, bias in (add.inputs, add.inputs[::-1]):
             product = producer(value, "MatMul")
             if product is not None and (inputs := _integers(product, bias)):
-                _replace(model, add, ir.node("MatMulIntegerToFloat", inputs, domain=DOMAIN, name=product.name))
+                replace(model, add, ir.node("MatMulIntegerToFloat", inputs, domain=DOMAIN, name=product.name))
+                model.opset_imports[DOMAIN] = 1
                 model.graph.remove(product, safe=True)
                 break
 
@@ -39,13 +40,3 @@ def _integers(product: ir.Node, bias: ir.Value | None) -> list[ir.Value | None]:
     quantize, dequantize = pair
     scales, zeros = (dequantize.inputs[1], weight.inputs[1]), (dequantize.inputs[2], weight.inputs[2])
     return [quantize.outputs[0], weight.inputs[0], *scales, *zeros, bias]
-
-
-def _replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
-    """Put ``new`` where ``old`` was; both have one output."""
-    new.outputs[0].name = old.outputs[0].name
-    new.outputs[0].type, new.outputs[0].shape = old.outputs[0].type, old.outputs[0].shape
-    model.graph.insert_before(old, new)
-    old.outputs[0].replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
-    model.graph.remove(old, safe=True)
-    model.opset_imports[DOMAIN] = 1

@@ -11,6 +11,7 @@ from mmedge.tensors import Array
 
 WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 MOVING = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Slice"})
+PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum"})
 POOLING = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool"})
 
 
@@ -43,6 +44,11 @@ def quantized_weight(value: ir.Value | None) -> ir.Node | None:
     return dequantize if weight is not None and weight.dtype == np.int8 else None
 
 
+def layer_of(node: ir.Node) -> str:
+    """Path of the module that a node came from."""
+    return (node.name or "").rsplit("/", 1)[0]
+
+
 def add_constant(model: ir.Model, name: str, array: Array) -> ir.Value:
     """A new initializer."""
     unique, count = name, 1
@@ -58,6 +64,15 @@ def add_constant(model: ir.Model, name: str, array: Array) -> ir.Value:
 def nodes(model: ir.Model, *kinds: str) -> Iterator[ir.Node]:
     """The nodes of some kinds, safe against changes of the graph while iterating."""
     return iter([node for node in model.graph if node.op_type in kinds])
+
+
+def replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
+    """Put ``new`` where ``old`` was; both have one output."""
+    new.outputs[0].name = old.outputs[0].name
+    new.outputs[0].type, new.outputs[0].shape = old.outputs[0].type, old.outputs[0].shape
+    model.graph.insert_before(old, new)
+    old.outputs[0].replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
+    model.graph.remove(old, safe=True)
 
 
 def fold_weight_transposes(model: ir.Model) -> None:
@@ -91,7 +106,7 @@ def release(model: ir.Model, layers: Collection[str], weights: Mapping[str, Arra
         weights: float weights by module path.
     """
     for node in nodes(model, *WEIGHTED):
-        layer = (node.name or "").rsplit("/", 1)[0]
+        layer = layer_of(node)
         dequantize = quantized_weight(_behind_transpose(node.inputs[1]))
         if layer not in layers or dequantize is None:
             continue
@@ -122,13 +137,14 @@ def drop_idle_pairs(model: ir.Model, keep_convolutions: bool) -> None:
             continue
         if any(node.op_type != "DequantizeLinear" or _feeds_int8(node) for node in pairs):
             continue
-        if keep_convolutions and _ends_int8_convolution(source):
+        if keep_convolutions and ends_int8_convolution(source):
             continue
         for dequantize in pairs:
             dequantize.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
 
 
-def _ends_int8_convolution(value: ir.Value) -> bool:
+def ends_int8_convolution(value: ir.Value | None) -> bool:
+    """Whether an INT8 convolution makes ``value``, with a ReLU behind it at most."""
     relu = producer(value, "Relu")
     convolution = producer(relu.inputs[0] if relu else value, "Conv")
     return convolution is not None and quantized_weight(convolution.inputs[1]) is not None
@@ -143,9 +159,20 @@ def _feeds_int8(dequantize: ir.Node) -> bool:
             return True  # the parts share the scale of the whole
         if node.op_type in MOVING:
             readers += [use.node for use in node.outputs[0].uses()]
-        elif node.op_type in POOLING or _is_residual(node) or _has_int8_weight(node):
+        elif node.op_type in POOLING or _is_residual(node) or _has_int8_weight(node) or _is_integer_product(node):
             return True
     return False
+
+
+def _is_integer_product(node: ir.Node) -> bool:
+    """Whether both operands of a product are activations that come through pairs, moved at most."""
+    return node.op_type == "MatMul" and all(map(_is_moved_pair, node.inputs))
+
+
+def _is_moved_pair(value: ir.Value | None) -> bool:
+    while (node := producer(value, *MOVING)) is not None and node.op_type != "Concat":
+        value = node.inputs[0]
+    return activation_pair(value) is not None
 
 
 def _has_int8_weight(node: ir.Node) -> bool:
@@ -181,16 +208,22 @@ def keep_sums_unquantized(model: ir.Model) -> None:
                 break
 
 
-def unsigned_activations(model: ir.Model) -> None:
+def unsigned_activations(model: ir.Model, of_products: bool) -> None:
     """Shift activations from int8 with zero point 0 to uint8: the same integers plus 128.
 
     After a ReLU nothing is negative, so there the zero point becomes 0: the integers stay, and the runtime can drop the
     ReLU because the quantizer clips at zero anyway.
+
+    Args:
+        model: a Q/DQ graph.
+        of_products: also those that only matrix products read.
     """
     zero_points: dict[tuple[int, bool], ir.Value] = {}
     for quantize in nodes(model, "QuantizeLinear"):
         zero = constant(quantize.inputs[2]) if len(quantize.inputs) > 2 else None
         if zero is None or zero.dtype != np.int8 or zero.any():
+            continue
+        if not of_products and _only_products_read(quantize):
             continue
         rectified = producer(quantize.inputs[0], "Relu") is not None
         key = (zero.ndim, rectified)
@@ -201,6 +234,29 @@ def unsigned_activations(model: ir.Model) -> None:
         quantize.outputs[0].dtype = ir.DataType.UINT8
         for use in list(quantize.outputs[0].uses()):
             use.node.replace_input_with(2, zero_points[key])
+
+
+def _only_products_read(quantize: ir.Node) -> bool:
+    readers = [use.node for use in quantize.outputs[0].uses()]
+    while readers:
+        node = readers.pop()
+        if node.op_type in MOVING or node.op_type == "DequantizeLinear":
+            readers += [use.node for use in node.outputs[0].uses()]
+        elif node.op_type not in PRODUCTS:
+            return False
+    return True
+
+
+def drop_weight_zero_points(model: ir.Model) -> None:
+    """Leave out the zero points of INT8 weights, which are 0.
+
+    Where shapes are fixed, OpenVINO 2026.4 takes a weight with a zero point for one that is to be decompressed, and
+    runs the layer in floating point.
+    """
+    for node in nodes(model, "DequantizeLinear"):
+        zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if constant(node.inputs[0]) is not None and zero is not None and not zero.any():
+            node.resize_inputs(2)
 
 
 def int32_bias_of_gemm(model: ir.Model) -> None:

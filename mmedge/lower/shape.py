@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from mmedge.lower import passes
+from mmedge.lower import attention, passes
 from mmedge.lower.half import to_float16
 from mmedge.lower.onnxruntime_ops import integer_products
 from mmedge.targets.base import Lowering
@@ -16,7 +16,7 @@ from mmedge.tensors import Array
 
 INLINE_LIMIT = 1_500_000_000  # bytes; a protobuf message ends at 2 GiB
 LARGE_TENSOR = 1 << 16  # bytes; smaller ones, all scales among them, stay in the graph
-VERSION = 3  # raise it when a pass changes: cached engines expire
+VERSION = 4  # raise it when a pass changes: cached engines expire
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ def shape_for(
     graph = ir.load(model)
     if release is not None:
         passes.release(graph, release.layers, release.weights)
+        attention.in_floating_point(graph, release.layers)
+    if lowering.integer_attention:
+        attention.in_integers(graph)
+    else:
+        attention.in_floating_point(graph)
     passes.fold_weight_transposes(graph)
     if not lowering.quantized_outputs:
         passes.keep_sums_unquantized(graph)
@@ -54,7 +59,11 @@ def shape_for(
     if lowering.int32_bias:
         passes.int32_bias_of_gemm(graph)
     if lowering.unsigned_activations:
-        passes.unsigned_activations(graph)
+        passes.unsigned_activations(graph, of_products=lowering.unsigned_activations == "all")
+    if not lowering.weight_zero_points:
+        passes.drop_weight_zero_points(graph)
+    if not lowering.transposed_keys:
+        attention.keys_as_they_lie(graph)
     if lowering.microsoft_operators:
         integer_products(graph)
     passes.remove_unused(graph)

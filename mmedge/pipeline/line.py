@@ -95,6 +95,11 @@ class Step:
         return dict(self._quantization.get("groups") or ({"all": layers} if layers else {}))
 
     @property
+    def attention(self) -> tuple[str, ...]:
+        """Modules of a Q/DQ network whose products of attention can run in INT8."""
+        return tuple(self._quantization.get("attention", ()))
+
+    @property
     def damage(self) -> dict[str, float]:
         """By how much the outputs change when one group alone is rounded: see the ``quantize`` stage."""
         return dict(self._quantization.get("sensitivity", {}))

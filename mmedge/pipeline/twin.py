@@ -2,6 +2,8 @@
 runtime, and within the accuracy budget. Otherwise groups of its layers go back to floating point; if nothing helps, the
 twin is shipped, and the report says so.
 
+The products of attention run in INT8 only where that is faster: the engine is built both ways.
+
 The engines are compared in interleaved runs. Which groups go back is decided on the engine's own accuracy, the most
 damaging group (as the ``quantize`` stage measured it) first. Giving a group back can only make an engine more like its
 twin, so judging that on the test split does not flatter.
@@ -33,7 +35,7 @@ class Engine:
         artifact: the engine.
         target: the form of the target that made it.
         step: the network.
-        released: INT8 layers that went back to floating point.
+        released: INT8 layers that went back to floating point, modules whose attention did among them.
     """
 
     artifact: Artifact
@@ -83,14 +85,21 @@ class TwinRule:
         """Decide what is shipped of ``step``, a Q/DQ network, on ``target``."""
         parent = step.float_ancestor()
         forms = target.forms()
-        whole = [Engine(self.line.engine(step, form, versions), form, step) for form in forms]
+        whole = [self._int8(step, form, versions) for form in forms]
         if why := target.cannot_run():
             return Settled(whole[-1], None, "int8", f"not compared with a higher precision: {why}")
         twins = [Engine(self.line.engine(parent, form, versions), form, parent) for form in forms]
+        if step.attention:
+            whole += [
+                self._int8(step, form, versions, step.attention) for form in forms if form.lowering.integer_attention
+            ]
         times = self._times([*twins, *whole])
         twin, int8 = self._fastest(twins, times), self._fastest(whole, times)
         search = _Search(self, step, versions, twin, int8, self.value(parent, twin))
         return search.settle(times)
+
+    def _int8(self, step: Step, form: Target, versions: Mapping[str, str], released: tuple[str, ...] = ()) -> Engine:
+        return Engine(self.line.engine(step, form, versions, released), form, step, released)
 
     def _fastest(self, engines: Sequence[Engine], times: Mapping[str, float]) -> Engine:
         return min(engines, key=lambda engine: times[engine.artifact.digest])
@@ -182,12 +191,12 @@ class _Search:
         return (
             f"{speedup:.2f}x the speed of its {self.twin.target.float_name} twin (at least {rule.min_speedup:.2f}x), "
             f"drop {drop:.4f} (at most {rule.max_drop:.4f})"
+            + (", attention's products in floating point: faster so" if self.int8.released else "")
         )
 
     def _without(self, groups: Sequence[str]) -> Engine:
-        layers = tuple(layer for group in groups for layer in self._groups[group])
-        form = self.int8.target
-        return Engine(self.rules.line.engine(self.step, form, self.versions, layers), form, self.step, layers)
+        layers = {*self.int8.released, *(layer for group in groups for layer in self._groups[group])}
+        return self.rules._int8(self.step, self.int8.target, self.versions, tuple(sorted(layers)))
 
     def _repair_accuracy(self, drop: float) -> tuple[Engine, dict[str, str]]:
         """Give back the most damaging groups, twice as many each time, until the budget holds."""

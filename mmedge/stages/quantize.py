@@ -44,7 +44,7 @@ class Quantize(Stage):
 
     name = "quantize"
     gives = "qdq"
-    version = 2
+    version = 3
 
     class Config(StageConfig):
         """Settings of ``quantize``.
@@ -88,7 +88,7 @@ def _for_x86(config: Quantize.Config, network: Network, context: Context) -> Sav
     from mmedge.stages.quantization.x86 import x86_state
 
     samples = _inputs(context.task, config.calibration.samples)
-    edits = {"placement": "x86", "keep_float": [], "quantized": [], "skipped": {}, "groups": {}}
+    edits = {"placement": "x86", "keep_float": [], "quantized": [], "attention": [], "skipped": {}, "groups": {}}
     return Saved(x86_state(graph_of(network.module, context.task), samples), edits)
 
 
@@ -224,7 +224,8 @@ def prepare(network: Network, task: Task, keep_float: tuple[str, ...]) -> tuple[
             where=f"task {task.name}: quantize",
             fix="check keep_float, or leave the stage out",
         )
-    return prepared, {"keep_float": list(keep_float), "quantized": placement.quantized, "skipped": skipped}
+    found = {"quantized": placement.quantized, "attention": placement.attention, "skipped": skipped}
+    return prepared, {"keep_float": list(keep_float), **found}
 
 
 def _calibrated(work: _Work) -> Mapping[str, Any]:
@@ -259,8 +260,9 @@ def _repair(work: _Work, seen: Mapping[str, Any]) -> None:
 def _sensitivity(work: _Work, network: Network) -> dict[str, float]:
     from mmedge.stages.quantization.sensitivity import groups, sensitivity, towers
 
-    named = groups(work.edits["quantized"])
-    whole = {f"{name} (tower)": layers for name, layers in towers(work.edits["quantized"]).items()}
+    layers = [*work.edits["quantized"], *work.edits["attention"]]
+    named = groups(layers)
+    whole = {f"{name} (tower)": layers for name, layers in towers(layers).items()}
     whole = {name: layers for name, layers in whole.items() if layers not in named.values()}
     work.edits["groups"] = named
     work.context.progress.say(f"sensitivity of {len(named)} groups of layers")

@@ -23,6 +23,8 @@ from mmedge.errors import StageError
 from mmedge.stages.base import as_tensors, outputs_of
 from mmedge.task import Task
 
+TOP = "model"
+
 
 class _Named(nn.Module):
     """The module with its outputs as a tuple in the task's order, whatever it returns."""
@@ -101,10 +103,16 @@ def _rows(tensor: Tensor, count: int) -> Tensor:
 
 def layer_name(node: Node) -> str:
     """The module path a node came from (``image.blocks.0.conv1``), or the node's own name at the top level."""
+    path = module_name(node)
+    return path if path != TOP else node.name
+
+
+def module_name(node: Node) -> str:
+    """The module path a node came from, ``TOP`` at the top level: what nodes of an ONNX graph are named after."""
     stack = node.meta.get("nn_module_stack")
     path = next(reversed(stack.values()))[0] if stack else ""
     path = path.removeprefix("L['self'].").removeprefix("module.")
-    return path if path not in ("", "module") else node.name
+    return path if path not in ("", "module") else TOP
 
 
 def graph_of(module: nn.Module, task: Task) -> torch.fx.GraphModule:

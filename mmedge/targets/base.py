@@ -22,7 +22,11 @@ class Lowering:
 
     Attributes:
         format: ``onnx``, or ``pt2`` for a torch.export archive.
-        unsigned_activations: quantize activations to uint8 (zero point 128, or 0 after a ReLU) instead of int8.
+        unsigned_activations: quantize activations to uint8 (zero point 128, or 0 after a ReLU) instead of int8: all, or
+            only those that are not read by matrix products alone.
+        weight_zero_points: write the zero points of INT8 weights, which are 0, rather than leave them out.
+        integer_attention: run the products of attention (scores, and weights with values) in INT8 too.
+        transposed_keys: hand attention its keys transposed, as a plain product needs them, rather than as they lie.
         quantized_outputs: quantize what INT8 convolutions give, and both branches of a residual sum, not only the skip
             connection.
         int32_bias: give quantized Gemm an int32 bias behind its own DequantizeLinear.
@@ -31,7 +35,10 @@ class Lowering:
     """
 
     format: Format = "onnx"
-    unsigned_activations: bool = False
+    unsigned_activations: Literal["all", "convolutions"] | None = None
+    weight_zero_points: bool = True
+    integer_attention: bool = False
+    transposed_keys: bool = True
     quantized_outputs: bool = False
     int32_bias: bool = False
     microsoft_operators: bool = False

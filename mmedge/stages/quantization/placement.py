@@ -3,8 +3,10 @@
 The rules are those of TensorRT's explicit quantization: symmetric int8; activations per tensor, weights per output
 channel; no bias; all inputs of weighted layers; both branches of a residual sum of convolutions; the inputs of a
 concatenation with one shared scale; max pooling with the scale of its input, average pooling with one of its own.
-Norms, softmax and activations that are not ReLU stay floating point, and so do products of two activations (attention
-scores): they are found by what they are, no flag tells that a model has attention.
+Norms, softmax and activations that are not ReLU stay floating point. Queries, keys and values of attention are observed
+too, for targets that run its products in INT8: attention is found by what it is, no flag tells that a model has it.
+Beyond 512 tokens its products stay floating point (after NVIDIA's Model Optimizer), and so does any other product of
+two activations.
 
 The outputs of convolutions are observed too: ONNX Runtime runs a convolution in INT8 only where its output is
 quantized, while TensorRT wants none there, so ``mmedge.lower`` takes them away for it.
@@ -28,10 +30,12 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from mmedge.stages.quantization.operators import (
     ADD,
+    ATTENTION,
     AVERAGING,
     CHANNEL_AXIS,
     CONCAT,
     CONVOLUTIONS,
+    LINEAR,
     NORMS,
     POOLING,
     RELU,
@@ -40,8 +44,9 @@ from mmedge.stages.quantization.operators import (
     is_weighted,
 )
 from mmedge.stages.quantization.prepared import Range
-from mmedge.stages.trace import layer_name
+from mmedge.stages.trace import layer_name, module_name
 
+MOST_TOKENS = 512
 ACTIVATION = QuantizationSpec(
     dtype=torch.int8,
     quant_min=-128,
@@ -70,11 +75,13 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
         super().__init__()
         self.keep_float = tuple(keep_float)
         self.quantized: list[str] = []
+        self.attention: list[str] = []
         self.skipped: list[Skipped] = []
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Mark every edge that carries an INT8 tensor."""
         self.quantized.clear()
+        self.attention.clear()
         self.skipped.clear()
         nodes = list(model.graph.nodes)
         for node in filter(is_weighted, nodes):
@@ -87,6 +94,9 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
                 _annotate_pooling(node)
             elif node.target in CONCAT:
                 _annotate_concat(node)
+        for node in nodes:
+            if node.target is ATTENTION:
+                self._annotate_attention(node)
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -105,6 +115,26 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
         self.quantized.append(name)
         if node.target in CONVOLUTIONS:
             _quantize_output(end_of_fusion(node))
+
+    def _annotate_attention(self, node: Node) -> None:
+        """Queries, keys and values in INT8 where linear layers give them: there the layer's kernel rounds them.
+
+        A pair next to the products would stand behind the moving of heads, as a pass over memory of its own.
+        """
+        name = module_name(node)
+        sources = [origin(argument) for argument in node.args[:3] if isinstance(argument, Node)]
+        if len(sources) < 3 or any(source is None or source.target is not LINEAR for source in sources):
+            return
+        tokens = {argument.meta["val"].shape[-2] for argument in node.args[:2]}  # type: ignore[union-attr]
+        if any(not isinstance(count, int) or count > MOST_TOKENS for count in tokens):
+            return
+        layers = [layer_name(source) for source in sources if source is not None]
+        if not set(layers) <= set(self.quantized) or any(fnmatchcase(name, pattern) for pattern in self.keep_float):
+            return
+        for source in sources:
+            if source is not None:
+                _quantize_output(source)
+        self.attention.append(name)
 
     def _reason_to_skip(self, node: Node, name: str) -> str | None:
         for pattern in self.keep_float:
@@ -181,6 +211,15 @@ def _annotate_concat(node: Node) -> None:
 def _own_scale(part: Node) -> bool:
     """Whether a part of a concatenation must keep a scale of its own: other INT8 layers read it as well."""
     return len(part.users) > 1
+
+
+def origin(node: Node) -> Node | None:
+    """What gives the values of ``node``, which were only moved since; None where something else reads them as well."""
+    while node.target in RESHAPING and isinstance(source := node.args[0], Node):
+        if len(source.users) > 1:
+            return None
+        node = source
+    return node
 
 
 def end_of_fusion(node: Node) -> Node:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import ObserverBase
 
-from mmedge.stages.quantization.operators import CHANNEL_AXIS, is_weighted
-from mmedge.stages.trace import layer_name, quiet
+from mmedge.stages.quantization.operators import ATTENTION, CHANNEL_AXIS, LINEAR, RESHAPING, is_weighted
+from mmedge.stages.trace import layer_name, module_name, quiet
 
 TINY = 2.0**-20  # smallest scale: of a tensor that is always zero
 
@@ -91,7 +91,7 @@ class Layer:
     @property
     def is_convolution(self) -> bool:
         """Whether channels of its input are along axis 1, not along the last one."""
-        return self.node.target is not torch.ops.aten.linear.default
+        return self.node.target is not LINEAR
 
 
 def layers_of(prepared: GraphModule) -> tuple[Layer, ...]:
@@ -116,6 +116,24 @@ def _layer(prepared: GraphModule, node: Node) -> Layer | None:
         weight_range=str(weight.target),  # type: ignore[union-attr]
         channel_axis=CHANNEL_AXIS[node.target],
     )
+
+
+def attention_of(prepared: GraphModule) -> dict[str, set[str]]:
+    """Paths of the ``Range`` of queries, keys and values, by the module that attends; only where all three have one."""
+    found: dict[str, set[str]] = {}
+    for node in prepared.graph.nodes:
+        if node.target is not ATTENTION:
+            continue
+        paths = {str(end.target) for argument in node.args[:3] if _is_range(prepared, end := _unmoved(argument))}
+        if len(paths) == 3:
+            found.setdefault(module_name(node), set()).update(paths)
+    return found
+
+
+def _unmoved(node: Any) -> Any:
+    while isinstance(node, Node) and node.target in RESHAPING:
+        node = node.args[0]
+    return node
 
 
 def _is_range(prepared: GraphModule, node: Any) -> bool:

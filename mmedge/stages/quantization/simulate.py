@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from mmedge.stages.quantization.prepared import (
     Range,
+    attention_of,
     copied,
     layers_of,
     measure_weights,
@@ -69,7 +70,7 @@ def simulated(prepared: GraphModule, follow_weights: bool = False) -> GraphModul
 
 
 def enable_only(graph: GraphModule, prepared: GraphModule, layers: Collection[str]) -> None:
-    """Let a simulated graph round only what the named layers read.
+    """Let a simulated graph round only what the named layers read, modules that attend among them.
 
     Args:
         graph: ``simulated(prepared)``.
@@ -78,6 +79,7 @@ def enable_only(graph: GraphModule, prepared: GraphModule, layers: Collection[st
     """
     chosen = [layer for layer in layers_of(prepared) if layer.name in layers]
     wanted = {path for layer in chosen for path in (layer.input_range, layer.weight_range)}
+    wanted |= {path for name, paths in attention_of(prepared).items() if name in layers for path in paths}
     for path, module in graph.named_modules():
         if isinstance(module, FakeQuantize):
             module.enabled = path in wanted

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mmedge.errors import StageError
-from mmedge.stages.quantization.operators import RELU, RESHAPING, aten
+from mmedge.stages.quantization.operators import LINEAR, RELU, RESHAPING, aten
 from mmedge.stages.quantization.prepared import Layer, Range, layers_of, measure_weights, tensor_at
 from mmedge.stages.trace import layer_name
 
-LINEAR = aten.linear.default
 # Producers whose output channels a factor can be folded into: the arguments that hold weight and bias.
 FOLDED: Mapping[Any, tuple[int, ...]] = {aten.layer_norm.default: (2, 3), aten.rms_norm.default: (2,), LINEAR: (1, 2)}
 # Products of attention weights and values: the argument that holds the values.
@@ -30,7 +29,7 @@ ATTENTION: Mapping[Any, int] = {
 }  # fmt: skip
 VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 # They split and merge heads; what they do with channels is found by running them.
-MOVING = RESHAPING | VIEWS | {aten.unflatten.int, aten.contiguous.default, aten.clone.default, aten.expand.default}
+MOVING = RESHAPING | VIEWS | {aten.expand.default}
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ def smooth(prepared: GraphModule, channel_largest: Mapping[str, Tensor], alpha: 
 
     Args:
         prepared: changed in place; its weights are its own, not shared with another graph. Ranges of weights are
-            measured again; ranges of smoothed activations become their largest magnitude, until they are calibrated
-            again.
+            measured again; ranges of what smoothed layers read become their largest magnitude, until they are
+            calibrated again; those of values of attention must be.
         channel_largest: by ``Range`` path, the largest magnitude of every channel, ``(channels,)``.
         alpha: how much of the difficulty goes to the weights: 0 nothing of the activations' spread, 1 all.
 
@@ -143,11 +142,11 @@ def _through(prepared: GraphModule) -> dict[Node, Node]:
     found: dict[Node, Node] = dict(plain)
     for layer in layers_of(prepared):
         if not layer.is_convolution:
-            found.update(_through_attention(_source(layer.node.args[0], plain)))  # type: ignore[arg-type]
+            found.update(_through_attention(_source(layer.node.args[0], plain), plain))  # type: ignore[arg-type]
     return found
 
 
-def _through_attention(node: Node) -> dict[Node, Node]:
+def _through_attention(node: Node, plain: Mapping[Node, Node]) -> dict[Node, Node]:
     """The way from what an output projection reads back to the value projection; empty where it is not exact.
 
     Attention mixes the tokens of each channel of the values, never channels, so a factor per channel comes out as it
@@ -156,7 +155,7 @@ def _through_attention(node: Node) -> dict[Node, Node]:
     way: dict[Node, Node] = {}
     attention = None
     while node.target is not LINEAR:
-        if node.target in MOVING:
+        if node.target in MOVING or node in plain:
             way[node] = node.args[0]  # type: ignore[assignment]
         elif node.target in ATTENTION and attention is None:
             attention, index = node, ATTENTION[node.target]
@@ -166,7 +165,8 @@ def _through_attention(node: Node) -> dict[Node, Node]:
         else:
             return {}
         node = way[node]
-    if attention is None or not _keeps_channels(node, list(reversed(way)), attention):
+    moves = [move for move in reversed(way) if move not in plain]
+    if attention is None or not _keeps_channels(node, moves, attention):
         return {}
     return way
 
