@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from rich.console import Console
 
@@ -17,6 +18,7 @@ from mmedge.report.html import render
 from mmedge.report.model import Report, Result
 from mmedge.report.terminal import show
 
+READER = f"{Path(__file__).with_name('reader_task.py')}:task"
 FRAGILE = f"{Path(__file__).with_name('fragile_task.py')}:task"
 ANY_SPEED, ANY_DROP = 0.0, 1.0
 
@@ -98,6 +100,29 @@ def test_openvino_is_compared_with_bfloat16_where_the_processor_has_it(tmp_path)
     precisions = [json.loads(path.read_text())["precision"] for path in kept]
     assert sorted(precisions) == (["bf16", "bf16", "f32", "f32"] if native else ["f32", "f32"])
     assert last(report).twin.precision in (("fp32", "bf16") if native else ("fp32",))
+
+
+def test_attention_runs_in_int8_only_where_that_is_faster(tmp_path) -> None:
+    pytest.importorskip("openvino")
+    stages = [{"quantize": {"calibration": {"samples": 32}}}]
+    twin = {"min_speedup": ANY_SPEED, "max_drop": ANY_DROP}
+    result = last(run(tmp_path / "run", twin, task=READER, stages=stages, targets=["openvino"]))
+    artifacts = tmp_path / "run" / "artifacts"
+    both = {"": 0, "-part": 0}
+    for lowered in artifacts.glob("quantize-openvino*-lowered-*"):
+        rounded = any("Softmax" in name for name in _rounded(lowered / "model.onnx"))
+        both["" if rounded else "-part"] += 1
+        assert ("-part" in lowered.name) is not rounded
+    assert min(both.values()) >= 1
+    assert ("attention's products in floating point" in result.twin.reason) is ("-part" in result.artifact)
+    assert (result.precision, result.twin.shipped, result.int8_coverage) == ("int8", "int8", 1.0)
+
+
+def _rounded(path: Path) -> set[str]:
+    """Kinds of nodes whose results are quantized."""
+    model = onnx.load(path)
+    makers = {name: node.op_type for node in model.graph.node for name in node.output}
+    return {makers.get(node.input[0], "") for node in model.graph.node if node.op_type == "QuantizeLinear"}
 
 
 def test_where_nothing_can_run_the_report_says_that_it_was_not_compared(tmp_path) -> None:

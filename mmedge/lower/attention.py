@@ -28,6 +28,7 @@ from mmedge.lower.passes import (
     nodes,
     producer,
     replace,
+    weight_of,
 )
 
 KEYS = [0, 2, 3, 1]  # (batch, tokens, heads, width) to (batch, heads, width, tokens)
@@ -122,7 +123,9 @@ def pair_behind(value: ir.Value | None) -> tuple[ir.Node, ir.Node] | None:
 
 
 def is_scores(product: ir.Node) -> bool:
-    """Whether a softmax reads a product, scaled and masked at most."""
+    """Whether a softmax reads a product of two activations, scaled and masked at most."""
+    if weight_of(product) is not None:
+        return False
     value = product.outputs[0]
     while len(uses := list(value.uses())) == 1 and uses[0].node.op_type in ("Mul", "Add", "Div", "Softmax"):
         if uses[0].node.op_type == "Softmax":

@@ -11,6 +11,7 @@ import torch
 
 from mmedge.errors import StageError
 from mmedge.lower.attention import attention
+from mmedge.lower.passes import weight_of
 from mmedge.lower.shape import save
 from mmedge.stages.base import Network
 from mmedge.stages.trace import TOP, layer_name, program_of, quiet
@@ -75,7 +76,7 @@ def _layers(network: Network) -> list[str]:
 
 def _tidy(model: ir.Model, layers: Sequence[str]) -> None:
     """Name nodes after modules, name the batch, drop what only the exporter needs."""
-    weighted = [node for node in model.graph if node.op_type in KERNELS and _constant_root(node.inputs[1])]
+    weighted = [node for node in model.graph if node.op_type in KERNELS and weight_of(node)]
     paths = dict(zip(weighted, layers, strict=True)) if len(weighted) == len(layers) else {}
     counts: dict[str, int] = {}
     for node in model.graph:
@@ -98,15 +99,6 @@ def _tidy(model: ir.Model, layers: Sequence[str]) -> None:
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.doc_string = model.graph.doc_string = None
-
-
-def _constant_root(value: ir.Value | None) -> ir.Value | None:
-    """The initializer that ``value`` is made from by transposing and dequantizing, if it is."""
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type not in ("DequantizeLinear", "Transpose"):
-            return None
-        value = node.inputs[0]
-    return value if value is not None and value.const_value is not None else None
 
 
 def _module_path(node: ir.Node) -> str:

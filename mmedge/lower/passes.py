@@ -44,6 +44,16 @@ def quantized_weight(value: ir.Value | None) -> ir.Node | None:
     return dequantize if weight is not None and weight.dtype == np.int8 else None
 
 
+def weight_of(node: ir.Node) -> ir.Value | None:
+    """The initializer that the second input of ``node`` is made from by transposing and dequantizing, if it is."""
+    value = node.inputs[1]
+    while value is not None and (made := value.producer()) is not None:
+        if made.op_type not in ("DequantizeLinear", "Transpose"):
+            return None
+        value = made.inputs[0]
+    return value if value is not None and value.const_value is not None else None
+
+
 def layer_of(node: ir.Node) -> str:
     """Path of the module that a node came from."""
     return (node.name or "").rsplit("/", 1)[0]
