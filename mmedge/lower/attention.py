@@ -31,9 +31,6 @@ from mmedge.lower.passes import (
     weight_of,
 )
 
-KEYS = [0, 2, 3, 1]  # (batch, tokens, heads, width) to (batch, heads, width, tokens)
-AS_THEY_LIE = [0, 2, 1, 3]
-
 
 def attention(
     query: Any,
@@ -75,7 +72,8 @@ def in_floating_point(model: ir.Model, layers: Collection[str] | None = None) ->
             source = pair[0].inputs[0] if pair else None
             # Behind a convolution it stands for the convolution's sake.
             if pair is not None and source is not None and not ends_int8_convolution(source):
-                pair[1].outputs[0].replace_all_uses_with(source)
+                for use in list(pair[1].outputs[0].uses()):
+                    use.node.replace_input_with(use.idx, source)
 
 
 def in_integers(model: ir.Model) -> None:
@@ -102,13 +100,16 @@ def keys_as_they_lie(model: ir.Model) -> None:
     """
     for product in nodes(model, "MatMul"):
         transpose = producer(product.inputs[1], "Transpose")
-        if transpose is None or not is_scores(product) or len(list(transpose.outputs[0].uses())) != 1:
+        if transpose is None or not is_scores(product) or len(transpose.outputs[0].uses()) != 1:
             continue
-        if list(transpose.attributes["perm"].as_ints()) != KEYS:
-            continue
-        transpose.attributes["perm"] = ir.AttrInt64s("perm", AS_THEY_LIE)
-        transpose.outputs[0].shape = None
-        equation = {"equation": "bhqd,bhkd->bhqk"}
+        order = list(transpose.attributes["perm"].as_ints())
+        order[-2:] = reversed(order[-2:])
+        if order != sorted(order):
+            transpose.attributes["perm"] = ir.AttrInt64s("perm", order)
+        else:
+            product.replace_input_with(1, transpose.inputs[0])
+        outer = "abcdefgh"[: len(order) - 2]
+        equation = {"equation": f"{outer}mk,{outer}nk->{outer}mn"}
         replace(model, product, ir.node("Einsum", product.inputs, attributes=equation, name=product.name))
 
 
@@ -127,7 +128,7 @@ def is_scores(product: ir.Node) -> bool:
     if weight_of(product) is not None:
         return False
     value = product.outputs[0]
-    while len(uses := list(value.uses())) == 1 and uses[0].node.op_type in ("Mul", "Add", "Div", "Softmax"):
+    while len(uses := list(value.uses())) == 1 and uses[0].node.op_type in ("Mul", "Add", "Div", "Where", "Softmax"):
         if uses[0].node.op_type == "Softmax":
             return True
         value = uses[0].node.outputs[0]

@@ -150,7 +150,11 @@ def drop_idle_pairs(model: ir.Model, keep_convolutions: bool) -> None:
         if keep_convolutions and ends_int8_convolution(source):
             continue
         for dequantize in pairs:
-            dequantize.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
+            if dequantize.outputs[0].is_graph_output():  # which keeps its name
+                same = ir.node("Identity", [source], name=f"{dequantize.name}/Identity")
+                replace(model, dequantize, same)
+            else:
+                dequantize.outputs[0].replace_all_uses_with(source)
 
 
 def ends_int8_convolution(value: ir.Value | None) -> bool:

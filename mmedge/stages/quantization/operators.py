@@ -31,9 +31,43 @@ RESHAPING = frozenset({aten.view.default, aten.reshape.default, aten.flatten.usi
                        aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.transpose.int,
                        aten.contiguous.default, aten.clone.default})  # fmt: skip
 ATTENTION = aten.scaled_dot_product_attention.default
+PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
+SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
+# They scale and mask scores.
+MASKING = frozenset({aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.masked_fill.Scalar, aten.where.self})
 AVERAGING = frozenset({aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default})
 
 
 def is_weighted(node: Node) -> bool:
     """Whether ``node`` is a convolution or a linear layer."""
     return node.target in CHANNEL_AXIS
+
+
+def attended(node: Node) -> tuple[Node, ...]:
+    """The queries, keys and values that ``node`` reads, as far as it is a product of attention; else nothing."""
+    if node.target is ATTENTION:
+        return tuple(operand for operand in node.args[:3] if isinstance(operand, Node))
+    if node.target not in PRODUCTS:
+        return ()
+    operands = tuple(operand for operand in node.args[:2] if isinstance(operand, Node))
+    if len(operands) < 2 or any(operand.op == "get_attr" for operand in operands):
+        return ()
+    if operands[0].target in SOFTMAX:
+        return operands[1:]
+    return operands if _becomes_weights(node) else ()
+
+
+def most_tokens(node: Node) -> Any:
+    """How many tokens the longer side of a product of attention has; symbolic where that may change."""
+    shapes = [operand.meta["val"].shape for operand in attended(node)]
+    if len(shapes) == 1:
+        return shapes[0][-2]
+    tokens = (shapes[0][-2], shapes[1][-2 if node.target is ATTENTION else -1])
+    return max(tokens) if all(isinstance(count, int) for count in tokens) else tokens[0] + tokens[1]
+
+
+def _becomes_weights(scores: Node) -> bool:
+    node = scores
+    while len(node.users) == 1 and (user := next(iter(node.users))).target in MASKING:
+        node = user
+    return bool(node.users) and all(user.target in SOFTMAX for user in node.users)

@@ -30,7 +30,6 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from mmedge.stages.quantization.operators import (
     ADD,
-    ATTENTION,
     AVERAGING,
     CHANNEL_AXIS,
     CONCAT,
@@ -41,7 +40,9 @@ from mmedge.stages.quantization.operators import (
     RELU,
     RESHAPING,
     TRANSPOSED,
+    attended,
     is_weighted,
+    most_tokens,
 )
 from mmedge.stages.quantization.prepared import Range
 from mmedge.stages.trace import layer_name, module_name
@@ -95,8 +96,8 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
             elif node.target in CONCAT:
                 _annotate_concat(node)
         for node in nodes:
-            if node.target is ATTENTION:
-                self._annotate_attention(node)
+            if operands := attended(node):
+                self._annotate_attention(node, operands)
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -116,25 +117,27 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
         if node.target in CONVOLUTIONS:
             _quantize_output(end_of_fusion(node))
 
-    def _annotate_attention(self, node: Node) -> None:
-        """Queries, keys and values in INT8 where linear layers give them: there the layer's kernel rounds them.
+    def _annotate_attention(self, node: Node, operands: tuple[Node, ...]) -> None:
+        """Queries, keys and values in INT8.
 
-        A pair next to the products would stand behind the moving of heads, as a pass over memory of its own.
+        Where a linear layer alone gives one of them, its result is rounded, in the layer's own kernel. Elsewhere (one
+        layer for all three, rotary embeddings) the pair stands next to the product.
         """
-        name = module_name(node)
-        sources = [origin(argument) for argument in node.args[:3] if isinstance(argument, Node)]
-        if len(sources) < 3 or any(source is None or source.target is not LINEAR for source in sources):
+        name, tokens = module_name(node), most_tokens(node)
+        if any(fnmatchcase(name, pattern) for pattern in self.keep_float):
             return
-        tokens = {argument.meta["val"].shape[-2] for argument in node.args[:2]}  # type: ignore[union-attr]
-        if any(not isinstance(count, int) or count > MOST_TOKENS for count in tokens):
+        if not isinstance(tokens, int) or tokens > MOST_TOKENS:
             return
-        layers = [layer_name(source) for source in sources if source is not None]
-        if not set(layers) <= set(self.quantized) or any(fnmatchcase(name, pattern) for pattern in self.keep_float):
+        layers = {operand: source for operand in operands if (source := origin(operand)).target is LINEAR}
+        if not {layer_name(layer) for layer in layers.values()} <= set(self.quantized):
             return
-        for source in sources:
-            if source is not None:
-                _quantize_output(source)
-        self.attention.append(name)
+        beside = {operand: ACTIVATION for operand in operands if operand not in layers}
+        if beside:
+            node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=beside, _annotated=True)
+        for layer in layers.values():
+            _quantize_output(layer)
+        if name not in self.attention:
+            self.attention.append(name)
 
     def _reason_to_skip(self, node: Node, name: str) -> str | None:
         for pattern in self.keep_float:
@@ -213,11 +216,9 @@ def _own_scale(part: Node) -> bool:
     return len(part.users) > 1
 
 
-def origin(node: Node) -> Node | None:
-    """What gives the values of ``node``, which were only moved since; None where something else reads them as well."""
-    while node.target in RESHAPING and isinstance(source := node.args[0], Node):
-        if len(source.users) > 1:
-            return None
+def origin(node: Node) -> Node:
+    """What gives the values of ``node``, which were only moved since and which nothing else reads."""
+    while node.target in RESHAPING and isinstance(source := node.args[0], Node) and len(source.users) == 1:
         node = source
     return node
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import ObserverBase
 
-from mmedge.stages.quantization.operators import ATTENTION, CHANNEL_AXIS, LINEAR, RESHAPING, is_weighted
+from mmedge.stages.quantization.operators import CHANNEL_AXIS, LINEAR, RESHAPING, attended, is_weighted
 from mmedge.stages.trace import layer_name, module_name, quiet
 
 TINY = 2.0**-20  # smallest scale: of a tensor that is always zero
@@ -119,13 +119,11 @@ def _layer(prepared: GraphModule, node: Node) -> Layer | None:
 
 
 def attention_of(prepared: GraphModule) -> dict[str, set[str]]:
-    """Paths of the ``Range`` of queries, keys and values, by the module that attends; only where all three have one."""
+    """Paths of the ``Range`` of queries, keys and values, by the module that attends."""
     found: dict[str, set[str]] = {}
     for node in prepared.graph.nodes:
-        if node.target is not ATTENTION:
-            continue
-        paths = {str(end.target) for argument in node.args[:3] if _is_range(prepared, end := _unmoved(argument))}
-        if len(paths) == 3:
+        paths = {str(end.target) for operand in attended(node) if _is_range(prepared, end := _unmoved(operand))}
+        if paths:
             found.setdefault(module_name(node), set()).update(paths)
     return found
 
