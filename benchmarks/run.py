@@ -28,10 +28,10 @@ def main() -> int:
         wall_s = time.monotonic() - started
         peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         started = time.monotonic()
-        subprocess.run([*command, "-q"], cwd=folder, stdout=subprocess.DEVNULL, check=False)
+        again = subprocess.run([*command, "-q"], cwd=folder, stdout=subprocess.DEVNULL, check=False)
         again_s = time.monotonic() - started
-    if first.returncode not in (0, 3):
-        return first.returncode
+    if first.returncode not in (0, 3) or again.returncode != first.returncode:
+        return first.returncode or again.returncode
     report = json.loads(first.stdout)
     task = f" --task {options.task}" if options.task else ""
     report["command"] = f"mmedge compress --recipe {options.recipe}{task}"
