@@ -43,17 +43,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = options.run or Path(name)
         if options.run is None:
-            command = [
-                sys.executable,
-                "-m",
-                "mmedge.cli.main",
-                "compress",
-                "--recipe",
-                "ptq_int8",
-                "--task",
-                options.task,
-            ]
-            subprocess.run([*command, "--target", "onnxruntime", "--target", "openvino", "--output", name], check=True)
+            command = [sys.executable, "-m", "mmedge.cli.main", "compress", "--recipe", "ptq_int8", "--output", name]
+            command += ["--task", options.task, "--target", "onnxruntime", "--target", "openvino"]
+            subprocess.run(command, check=True)
         report = Report.load(folder)
         rows = [row for target in report.targets if (row := timed(report, folder, target, options.task))]
     found = {"task": report.task.name, "cpu": cpu_name(), "threads": 1, "queries_in_a_row": BLOCK, "rows": rows}

@@ -21,8 +21,12 @@ def reported(doing: str, where: str, fix: str | None = None) -> Iterator[None]:
     except MmedgeError:
         raise
     except Exception as err:
-        words = " ".join(str(err).split()) or type(err).__name__
-        raise TargetError(f"{doing} failed: {words[:600]}", where=where, fix=fix) from err
+        raise _told(err, doing, where, fix) from err
+
+
+def _told(err: Exception, doing: str, where: str, fix: str | None = None) -> TargetError:
+    words = " ".join(str(err).split()) or type(err).__name__
+    return TargetError(f"{doing} failed: {words[:600]}", where=where, fix=fix)
 
 
 def checked(run: Runner, dtypes: Mapping[str, str], engine: str) -> Runner:
@@ -45,8 +49,12 @@ def checked(run: Runner, dtypes: Mapping[str, str], engine: str) -> Runner:
         if not seen:
             _compare(inputs, dtypes, engine)
             seen = True
-        with reported("running the engine", engine):
+        try:  # `reported` would cost every query some microseconds
             return run(inputs)
+        except MmedgeError:
+            raise
+        except Exception as err:
+            raise _told(err, "running the engine", engine) from err
 
     return checked_run
 

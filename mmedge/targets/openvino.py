@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from mmedge.errors import TargetError, needs_extra
 from mmedge.targets.base import Build, Coverage, Lowering, Runner, Target
 from mmedge.targets.checked import checked, in_batches, reported
@@ -19,6 +21,8 @@ from mmedge.tensors import Array
 MODEL = "model.onnx"
 SETTINGS = "openvino.json"
 BATCH = 1
+# Bytes of an input up to which copying it costs less than telling OpenVINO where it lies.
+COPIED = 1 << 19
 # Kinds of nodes of an execution graph that may hold weights. A MatMul of two activations has none.
 _WEIGHTED = {"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"}
 # The same in the graph that OpenVINO reads from an ONNX file, and what it appends to names of nodes that it splits.
@@ -91,14 +95,27 @@ class OpenVino(Target):
 @contextmanager
 def opened(model: Path, threads: int, precision: str, engine: str) -> Iterator[Runner]:
     """A runner of a model file; ``engine`` is what errors call it."""
+    openvino = _openvino()
     _, compiled = compile_model(model, threads, precision)
     request = compiled.create_infer_request()
     dtypes = {port.get_any_name(): str(port.get_element_type().to_dtype()) for port in compiled.inputs}
     outputs = {port.get_any_name(): port for port in compiled.outputs}
+    own = {port.get_any_name(): (port, request.get_tensor(port).data) for port in compiled.inputs}
 
     def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
-        # Inputs are read in place; outputs are copied, for the next call writes into the same memory.
-        results = request.infer(dict(inputs), share_inputs=True, share_outputs=False)
+        in_place = []  # held until the answer is there: a tensor alone does not keep its array alive
+        for name, (port, memory) in own.items():
+            array = inputs[name]
+            if array.shape != memory.shape:
+                problem = f"input {name!r} has shape {array.shape}, the engine takes {memory.shape}"
+                raise TargetError(problem, where=engine)
+            if memory.nbytes <= COPIED:
+                np.copyto(memory, array, casting="no")
+            else:
+                in_place.append(openvino.Tensor(np.ascontiguousarray(array), shared_memory=True))
+                request.set_tensor(port, in_place[-1])
+        # Outputs are copied, for the next call writes into the same memory.
+        results = request.infer(share_outputs=False)
         return {name: results[port] for name, port in outputs.items()}
 
     yield checked(in_batches(run, BATCH), dtypes, engine)
