@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
 from rich.console import Console
 
+from mmedge.pipeline import twin
 from mmedge.pipeline.compress import Job, compress
+from mmedge.pipeline.line import Step
+from mmedge.pipeline.measure import Measurements
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe
 from mmedge.report.html import render
@@ -116,6 +120,33 @@ def test_attention_runs_in_int8_only_where_that_is_faster(tmp_path) -> None:
     assert min(both.values()) >= 1
     assert ("attention's products in floating point" in result.twin.reason) is ("-part" in result.artifact)
     assert (result.precision, result.twin.shipped, result.int8_coverage) == ("int8", "int8", 1.0)
+
+
+def test_attention_that_costs_accuracy_goes_back_alone(tmp_path, monkeypatch) -> None:
+    """Linear layers stay in INT8 where only attention's products are to blame."""
+    pytest.importorskip("openvino")
+    measured = Measurements._accuracy
+
+    def pessimistic(self: Measurements, step: Step, engine: twin.Engine) -> dict[str, Any]:
+        found = measured(self, step, engine)
+        return {**found, "value": -1.0} if step.form == "qdq" and not engine.released else found
+
+    monkeypatch.setattr(Measurements, "_accuracy", pessimistic)
+    monkeypatch.setattr(twin, "WORTH_IT", 1e9)  # INT8 throughout is tried first, whatever the times
+    stages = [{"quantize": {"calibration": {"samples": 32}}}]
+    rule = {"min_speedup": ANY_SPEED, "max_drop": 0.5}
+    result = last(run(tmp_path, rule, task=READER, stages=stages, targets=["openvino"]))
+    assert (result.precision, result.twin.shipped, result.int8_coverage) == ("int8", "int8", 1.0)
+    assert result.twin.reason.endswith("attention's products in floating point: more accurate so")
+    assert result.twin.backed_off == {}
+    assert "-part" in result.artifact
+
+
+def test_what_is_less_int8_must_be_faster_by_a_hundredth() -> None:
+    engines = [SimpleNamespace(artifact=SimpleNamespace(digest=name)) for name in ("whole", "part", "less")]
+    assert twin.fastest(engines, {"whole": 1.0, "part": 0.995, "less": 0.992}, 1.01) is engines[0]
+    assert twin.fastest(engines, {"whole": 1.0, "part": 0.98, "less": 0.975}, 1.01) is engines[1]
+    assert twin.fastest(engines, {"whole": 1.0, "part": 0.995, "less": 0.992}) is engines[2]
 
 
 def _rounded(path: Path) -> set[str]:

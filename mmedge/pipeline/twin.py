@@ -2,7 +2,7 @@
 runtime, and within the accuracy budget. Otherwise groups of its layers go back to floating point; if nothing helps, the
 twin is shipped, and the report says so.
 
-The products of attention run in INT8 only where that is faster: the engine is built both ways.
+The products of attention run in INT8 only where that is no slower and accurate enough: the engine is built both ways.
 
 The engines are compared in interleaved runs. Which groups go back is decided on the engine's own accuracy, the most
 damaging group (as the ``quantize`` stage measured it) first. Giving a group back can only make an engine more like its
@@ -12,8 +12,8 @@ twin, so judging that on the test split does not flatter.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from mmedge.artifact import Artifact
 from mmedge.pipeline.environment import cpu_name
@@ -24,7 +24,7 @@ from mmedge.recipe import TwinConfig
 from mmedge.targets.base import Target
 from mmedge.tensors import Array
 
-WORTH_IT = 1.01  # a group goes back for speed only where that makes the engine so much faster
+WORTH_IT = 1.01  # by how much what is less INT8 must be faster to be taken for its speed
 
 
 @dataclass(frozen=True)
@@ -89,20 +89,20 @@ class TwinRule:
         if why := target.cannot_run():
             return Settled(whole[-1], None, "int8", f"not compared with a higher precision: {why}")
         twins = [Engine(self.line.engine(parent, form, versions), form, parent) for form in forms]
-        if step.attention:
-            whole += [
-                self._int8(step, form, versions, step.attention) for form in forms if form.lowering.integer_attention
-            ]
-        times = self._times([*twins, *whole])
-        twin, int8 = self._fastest(twins, times), self._fastest(whole, times)
+        plain = [
+            self._int8(step, form, versions, step.attention)
+            for form in forms
+            if step.attention and form.lowering.integer_attention
+        ]
+        times = self._times([*twins, *whole, *plain])
+        twin, int8 = fastest(twins, times), fastest([*whole, *plain], times, WORTH_IT)
         search = _Search(self, step, versions, twin, int8, self.value(parent, twin))
+        if plain and int8 in whole and search.drop(int8) > self.rule.max_drop:
+            search = replace(search, int8=fastest(plain, times, WORTH_IT), gain="more accurate")
         return search.settle(times)
 
     def _int8(self, step: Step, form: Target, versions: Mapping[str, str], released: tuple[str, ...] = ()) -> Engine:
         return Engine(self.line.engine(step, form, versions, released), form, step, released)
-
-    def _fastest(self, engines: Sequence[Engine], times: Mapping[str, float]) -> Engine:
-        return min(engines, key=lambda engine: times[engine.artifact.digest])
 
     def _times(self, engines: Sequence[Engine]) -> dict[str, float]:
         """How long each engine takes relative to the first one, by its artifact's digest, from one interleaved run."""
@@ -134,9 +134,25 @@ class TwinRule:
         return self.line.store.values("twins", inputs, measure)
 
 
+def fastest(engines: Sequence[Engine], times: Mapping[str, float], worth_it: float = 1.0) -> Engine:
+    """The first of those that are as fast as the fastest, but for less than ``worth_it``."""
+    least = min(times[engine.artifact.digest] for engine in engines)
+    return next(engine for engine in engines if times[engine.artifact.digest] <= least * worth_it)
+
+
 @dataclass
 class _Search:
-    """One Q/DQ network on one target, on its way to an engine that is worth shipping."""
+    """One Q/DQ network on one target, on its way to an engine that is worth shipping.
+
+    Attributes:
+        rules: the rule and its limits.
+        step: the network.
+        versions: of what makes engines.
+        twin: the fastest in higher precision.
+        int8: the engine to begin with.
+        reference: the twin's metric.
+        gain: why attention's products are in floating point, where they are.
+    """
 
     rules: TwinRule
     step: Step
@@ -144,9 +160,10 @@ class _Search:
     twin: Engine
     int8: Engine
     reference: float
+    gain: Literal["faster", "more accurate"] = "faster"
 
     def settle(self, times: Mapping[str, float]) -> Settled:
-        drop, speedup = self._drop(self.int8), self._speedup(self.int8, times)
+        drop, speedup = self.drop(self.int8), self._speedup(self.int8, times)
         if self._good(drop, speedup):
             return Settled(self.int8, self.twin, "int8", self._figures(drop, speedup))
         given_back: dict[str, str] = {}
@@ -156,12 +173,12 @@ class _Search:
             times = self.rules._times([self.twin, engine])
         if (
             self._groups
-            and self._drop(engine) <= self.rules.rule.max_drop
+            and self.drop(engine) <= self.rules.rule.max_drop
             and self._speedup(engine, times) < self._least
         ):
             engine, given_back = self._repair_speed(engine, given_back)
             times = self.rules._times([self.twin, engine])
-        drop, speedup = self._drop(engine), self._speedup(engine, times)
+        drop, speedup = self.drop(engine), self._speedup(engine, times)
         if given_back and self._good(drop, speedup):
             return Settled(engine, self.twin, "mixed", self._figures(drop, speedup), given_back)
         reason = f"no INT8 form was good enough: at best {self._figures(drop, speedup)}"
@@ -179,7 +196,8 @@ class _Search:
     def _good(self, drop: float, speedup: float) -> bool:
         return drop <= self.rules.rule.max_drop and speedup >= self._least
 
-    def _drop(self, engine: Engine) -> float:
+    def drop(self, engine: Engine) -> float:
+        """By how much the engine's metric is worse than the twin's."""
         sign = 1 if self.rules.line.task.metric.higher_is_better else -1
         return sign * (self.reference - self.rules.value(self.step, engine))
 
@@ -191,7 +209,7 @@ class _Search:
         return (
             f"{speedup:.2f}x the speed of its {self.twin.target.float_name} twin (at least {rule.min_speedup:.2f}x), "
             f"drop {drop:.4f} (at most {rule.max_drop:.4f})"
-            + (", attention's products in floating point: faster so" if self.int8.released else "")
+            + (f", attention's products in floating point: {self.gain} so" if self.int8.released else "")
         )
 
     def _without(self, groups: Sequence[str]) -> Engine:
@@ -205,7 +223,7 @@ class _Search:
         while drop > self.rules.rule.max_drop and count < 2 * len(order):
             given = order[: min(count, len(order))]
             engine = self._without(given)
-            drop = self._drop(engine)
+            drop = self.drop(engine)
             self._say(f"{len(given)} of {len(order)} groups in floating point for accuracy: drop {drop:.4f}")
             count *= 2
         return engine, {
