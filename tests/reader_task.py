@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmedge.lower.export import onnx_of, write
+from mmedge.progress import Progress
+from mmedge.stages.base import Context, Network
+from mmedge.stages.quantize import Quantize
 from mmedge.task import Batch, Metric, Task, accuracy
 from mmedge.tensors import TensorSpec
 
@@ -62,3 +68,12 @@ def task() -> Task:
         lambda outputs, y: F.cross_entropy(outputs["logits"], y),
         Metric("accuracy", accuracy),
     )
+
+
+def quantized(task: Task, path: Path) -> tuple[Network, Path]:
+    """The network in INT8, and its portable graph written to ``path``."""
+    context = Context(task, task.model, 0, Progress(), lambda name, inputs, compute: compute())
+    stage = Quantize(Quantize.Config(calibration={"samples": 32}))
+    network = stage.restore(Network(task.model), stage.run(Network(task.model), context), context)
+    write(onnx_of(network, task), path)
+    return network, path

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from mmedge.lower import attention, passes
 from mmedge.lower.half import to_float16
 from mmedge.lower.onnxruntime_ops import integer_products
+from mmedge.lower.projections import merge_projections
 from mmedge.targets.base import Lowering
 from mmedge.tensors import Array
 
@@ -62,14 +63,20 @@ def shape_for(
         passes.unsigned_activations(graph, of_products=lowering.unsigned_activations == "all")
     if not lowering.weight_zero_points:
         passes.drop_weight_zero_points(graph)
-    if not lowering.transposed_keys:
-        attention.keys_as_they_lie(graph)
+    _around_attention(graph, lowering)
     if lowering.microsoft_operators:
         integer_products(graph)
     passes.remove_unused(graph)
     if lowering.float_type == "float16":
         graph = to_float16(graph, islands)
     save(graph, path)
+
+
+def _around_attention(graph: ir.Model, lowering: Lowering) -> None:
+    if lowering.merged_projections:
+        merge_projections(graph)
+    if not lowering.transposed_keys:
+        attention.keys_as_they_lie(graph)
 
 
 def save(model: ir.Model, path: Path, inline_limit: int = INLINE_LIMIT) -> None:

@@ -14,6 +14,7 @@ from mmedge.tensors import Array
 
 Runner = Callable[[Mapping[str, Array]], dict[str, Array]]
 Format = Literal["onnx", "pt2"]
+MERGED = "+"  # between the names of layers that lowering made one
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Lowering:
         weight_zero_points: write the zero points of INT8 weights, which are 0, rather than leave them out.
         integer_attention: run the products of attention (scores, and weights with values) in INT8 too.
         transposed_keys: hand attention its keys transposed, as a plain product needs them, rather than as they lie.
+        merged_projections: make queries, keys and values of an attention in INT8 by one product.
         quantized_outputs: quantize what INT8 convolutions give, and both branches of a residual sum, not only the skip
             connection.
         int32_bias: give quantized Gemm an int32 bias behind its own DequantizeLinear.
@@ -39,6 +41,7 @@ class Lowering:
     weight_zero_points: bool = True
     integer_attention: bool = False
     transposed_keys: bool = True
+    merged_projections: bool = False
     quantized_outputs: bool = False
     int32_bias: bool = False
     microsoft_operators: bool = False

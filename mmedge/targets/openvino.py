@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmedge.errors import TargetError, needs_extra
-from mmedge.targets.base import Build, Coverage, Lowering, Runner, Target
+from mmedge.targets.base import MERGED, Build, Coverage, Lowering, Runner, Target
 from mmedge.targets.checked import checked, in_batches, reported
 from mmedge.targets.onnx_graph import place
 from mmedge.tensors import Array
@@ -42,7 +42,11 @@ class OpenVino(Target):
     name = "openvino"
     version = 2
     lowering = Lowering(
-        unsigned_activations="convolutions", weight_zero_points=False, integer_attention=True, transposed_keys=False
+        unsigned_activations="convolutions",
+        weight_zero_points=False,
+        integer_attention=True,
+        transposed_keys=False,
+        merged_projections=True,
     )
 
     def __init__(self, precision: Literal["f32", "bf16"] = "f32") -> None:
@@ -183,7 +187,8 @@ def _coverage(nodes: Sequence[Any], read: Mapping[str, Any]) -> Coverage:
                     int8.append(name)
                 else:
                     other[name] = "runs as f32 Subgraph"
-    return Coverage(tuple(int8), other)
+    apart = {name: why for layer, why in other.items() for name in layer.split(MERGED)}
+    return Coverage(tuple(name for layer in int8 for name in layer.split(MERGED)), apart)
 
 
 def _fused_layers(node: Any, read: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
