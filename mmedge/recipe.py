@@ -36,7 +36,7 @@ class ProfileConfig(BaseModel):
 
     threads: int = Field(1, ge=1, le=256)
     queries: int = Field(700, ge=1)
-    budget_s: float = Field(60, gt=0)
+    budget_s: float = Field(60.0, gt=0)
     health_samples: int = Field(512, ge=1)
     parity_samples: int = Field(64, ge=1)
 
@@ -83,7 +83,7 @@ class TwinConfig(BaseModel):
     min_speedup: float = Field(1.02, ge=0)
     max_drop: float = Field(0.003, ge=0)
     queries: int = Field(200, ge=1)
-    budget_s: float = Field(20, gt=0)
+    budget_s: float = Field(20.0, gt=0)
 
 
 def _one_name(entry: Any) -> Any:
