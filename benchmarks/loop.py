@@ -1,9 +1,9 @@
 """Engines in a loop and engines that take turns: python benchmarks/loop.py [--task SPEC] [--run FOLDER].
 
-``mmedge profile`` gives every engine one query per round, so that each finds caches and branch predictors as another
-engine left them, as on a robot. Other tools (``trtexec``, ``benchmark_app``, ``onnxruntime_perf_test``) send one engine
-query after query, which flatters small engines most. Here both are measured in one process, on the engines of one run:
-blocks of queries to one engine, the engines in turn, and single queries in turn.
+Other tools (``trtexec``, ``benchmark_app``, ``onnxruntime_perf_test``) send one engine query after query. On a robot
+other programs run between two queries, and each finds caches and branch predictors as they left them. Reports give an
+engine a few queries in a row. Here both ends are measured in one process, on the engines of one run: blocks of queries
+to one engine, the engines in turn, and single queries in turn.
 """
 
 from __future__ import annotations

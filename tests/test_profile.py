@@ -20,7 +20,7 @@ from mmedge.errors import TargetError, UsageError
 from mmedge.profile.accuracy import Accuracy, Outputs, modality_health, parity, run_split
 from mmedge.profile.latency import EngineRef, interleaved, peak_memory_mib
 from mmedge.profile.statistics import Latency, Speedup, minimum_queries, tail
-from mmedge.profile.worker import Spec, spent, write_arrays
+from mmedge.profile.worker import SETTLE, TURN, WARM_QUERIES, Spec, spent, write_arrays
 from mmedge.progress import Bar, Progress
 from mmedge.task import Batch, Metric, Task, accuracy
 from mmedge.tensors import TensorSpec
@@ -214,13 +214,19 @@ def test_rounds_give_every_engine_the_same_samples_in_shuffled_order(
     assert list(times) == ["a", "b", "c"]
     assert all(series.shape == (30,) and series.dtype == np.int64 and (series > 0).all() for series in times.values())
     assert (progress.total, progress.done) == (30, 30)
-    calls = [line.split(" ", 1) for line in (tmp_path / "engines/order").read_text().splitlines()][-90:]
-    rounds = [calls[k : k + 3] for k in range(0, 90, 3)]
-    assert all(sorted(name for name, _ in one) == ["a", "b", "c"] for one in rounds)
-    assert [{seen for _, seen in one} for one in rounds] == [
-        {f"file (1, 2) {SAMPLES['file'][k % 3].sum()}"} for k in range(30)
-    ]
-    assert len({tuple(name for name, _ in one) for one in rounds}) > 3
+    calls = [line.split(" ", 1) for line in (tmp_path / "engines/order").read_text().splitlines()][3 * WARM_QUERIES :]
+    order = []
+    for first in range(0, 30, TURN):  # a round: one turn of each engine, on the same samples
+        numbers = range(first - SETTLE, min(first + TURN, 30))
+        expected = [f"file (1, 2) {SAMPLES['file'][k % 3].sum()}" for k in numbers]
+        parts = [calls[k * len(numbers) : (k + 1) * len(numbers)] for k in range(3)]
+        calls = calls[3 * len(numbers) :]
+        order.append([part[0][0] for part in parts])
+        assert [seen for part in parts for _, seen in part] == 3 * expected
+        assert all(len({name for name, _ in part}) == 1 for part in parts)
+        assert sorted(order[-1]) == ["a", "b", "c"]
+    assert not calls
+    assert len(set(map(tuple, order))) > 1
     assert (tmp_path / "engines/a/log").read_text() == "2 2 1\nclosed"
     assert not list(tmp_path.glob("mmedge-profile-*"))
 

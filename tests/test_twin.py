@@ -84,6 +84,9 @@ def test_int8_that_is_never_fast_enough_is_not_shipped_nor_called_int8(tmp_path)
     assert (result.precision, result.twin.shipped, result.int8_coverage) == ("fp32", "twin", 0.0)
     assert result.accuracy.drop == 0
     assert result.artifact == report.stages[0].results[0].artifact
+    # The same engine is timed once: a gate of 1x is no toss of a coin.
+    assert (result.speedup.vs_parent, result.twin.speedup) == (1.0, 1.0)
+    assert result.latency_ms == report.stages[0].results[0].latency_ms
     assert "at least 1000.00x" in result.twin.reason
     assert report.verdict == "fail"
     assert "shipped as its fp32 twin" in printed(report, tmp_path / "run")

@@ -18,6 +18,7 @@ from mmedge.pipeline.environment import cpu_name
 from mmedge.pipeline.folder import processors
 from mmedge.pipeline.rows import Timed, timing_json, timings
 from mmedge.profile.accuracy import parity
+from mmedge.profile.worker import SETTLE, TURN
 from mmedge.progress import Progress
 from mmedge.recipe import ProfileConfig
 from mmedge.report.model import ComponentResult
@@ -136,6 +137,7 @@ class Bench:
             "engines": [{name: engine.digest for name, engine in side.engines.items()} for side in sides],
             "profile": self.profile.model_dump(include={"threads", "queries", "budget_s"}),
             "cpu": cpu_name(),
+            "turn": [SETTLE, TURN],
         }
 
         def measure() -> dict[str, Any]:

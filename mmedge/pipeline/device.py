@@ -26,6 +26,7 @@ from mmedge.pipeline.rows import NO_RAILS, Timed, coverage_fields, fraction, tim
 from mmedge.profile.accuracy import parity
 from mmedge.profile.latency import EngineRef, interleaved
 from mmedge.profile.statistics import Speedup
+from mmedge.profile.worker import SETTLE, TURN
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe, load_recipe
 from mmedge.report.gates import GatesConfig, evaluate, verdict
@@ -270,6 +271,7 @@ class _Device:
             "engines": [each.engine.digest for each in engines],
             "profile": self.recipe.profile.model_dump(include={"threads", "queries", "budget_s"}),
             "machine": [cpu_name(), self.versions],
+            "turn": [SETTLE, TURN],
         }
         samples = self._samples()[0]
         name = place_name(f"timing-{self.target.name}")

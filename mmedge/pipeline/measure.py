@@ -16,7 +16,7 @@ from mmedge.pipeline.line import Line, Step
 from mmedge.pipeline.rows import FIRST, NO_RAILS, NOT_YET, Timed, coverage_fields, timing_json, timings
 from mmedge.pipeline.twin import Engine, Settled, TwinRule
 from mmedge.profile.accuracy import Accuracy, modality_health, parity, run_split
-from mmedge.profile.worker import write_arrays
+from mmedge.profile.worker import SETTLE, TURN, write_arrays
 from mmedge.recipe import ProfileConfig, TwinConfig
 from mmedge.report.model import (
     ComponentResult,
@@ -175,6 +175,7 @@ class Measurements:
             "twins": [cell.settled.twin.artifact.digest for cell in cells if cell.settled and cell.settled.twin],
             "profile": self.profile.model_dump(include={"threads", "queries", "budget_s"}),
             "cpu": cpu_name(),
+            "turn": [SETTLE, TURN],
             "evaluator": VERSION,
         }
         name = f"timing-{target.name}"

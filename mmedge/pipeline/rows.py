@@ -39,6 +39,11 @@ class Timed:
     twin: Artifact | None = None
     samples: Arrays | None = None
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """What tells engines apart: the folder, and the inputs if they are its own."""
+        return str(self.engine.path), self.name if self.samples is not None else ""
+
 
 def timings(
     target: str, engines: Sequence[Timed], samples: Arrays, profile: ProfileConfig, progress: Progress
@@ -48,48 +53,48 @@ def timings(
     Returns:
         By stage: ``latency``, ``vs_baseline``, ``vs_parent``, ``vs_twin``, ``memory``, ``threads``; JSON.
     """
-    refs = [
-        EngineRef(each.name, target, str(each.engine.path), each.name if each.samples is not None else "")
-        for each in engines
-    ]
     separate = {f"{each.name}/{name}": array for each in engines for name, array in (each.samples or {}).items()}
     samples = {**samples, **separate}
-    known = {ref.folder: ref.id for ref in refs}
-    more: list[EngineRef] = []
+    # By folder: a stage that ships the very engine of another has that one's figures, not a second draw of them.
+    refs: dict[tuple[str, str], EngineRef] = {}
     for each in engines:
-        if each.twin and (folder := str(each.twin.path)) not in known:
-            known[folder] = f"twin of {each.name}"
-            more.append(EngineRef(known[folder], target, folder))
+        refs.setdefault(each.place, EngineRef(each.name, target, *each.place))
+    stages = list(refs.values())
+    for each in engines:
+        if each.twin:
+            refs.setdefault((str(each.twin.path), ""), EngineRef(f"twin of {each.name}", target, str(each.twin.path)))
     series = interleaved(
-        [*refs, *more],
+        list(refs.values()),
         samples,
         threads=profile.threads,
         queries=profile.queries,
         budget_s=profile.budget_s,
         progress=progress,
     )
-    memory = _memory(refs, engines, samples, profile.threads)
+    memory = _memory(stages, engines, samples, profile.threads)
+    names = {each.name: refs[each.place].id for each in engines}
     found: dict[str, Any] = {}
-    for each, peak in zip(engines, memory, strict=True):
-        own = series[each.name]
-        twin = series[known[str(each.twin.path)]] if each.twin else None
+    for each in engines:
+        own = series[names[each.name]]
+        twin = series[refs[str(each.twin.path), ""].id] if each.twin else None
         found[each.name] = {
             "latency": Latency.of(own).as_json(),
             "vs_baseline": vars(Speedup.of(series[engines[0].name], own)) if each.parent else None,
-            "vs_parent": Speedup.of(series[each.parent], own).value if each.parent else None,
+            "vs_parent": Speedup.of(series[names[each.parent]], own).value if each.parent else None,
             "vs_twin": vars(Speedup.of(twin, own)) if twin is not None else None,
-            "parts": series.parts_ms.get(each.name),
-            "memory": peak,
+            "parts": series.parts_ms.get(names[each.name]),
+            "memory": memory[names[each.name]],
             "threads": profile.threads,
         }
     return found
 
 
-def _memory(refs: Sequence[EngineRef], engines: Sequence[Timed], samples: Arrays, threads: int) -> list[float]:
-    """One process each. Large ones take turns, so that together they do not need more memory than there is."""
+def _memory(refs: Sequence[EngineRef], engines: Sequence[Timed], samples: Arrays, threads: int) -> dict[str, float]:
+    """By id, one process each. Large ones take turns, so that together they do not need more memory than there is."""
     large = max(each.engine.size_bytes() for each in engines) > LARGE_ENGINE
     with ThreadPoolExecutor(1 if large else processors()) as pool:
-        return list(pool.map(lambda ref: peak_memory_mib(ref, samples, threads), refs))
+        peaks = pool.map(lambda ref: peak_memory_mib(ref, samples, threads), refs)
+        return {ref.id: peak for ref, peak in zip(refs, peaks, strict=True)}
 
 
 def timing_json(timing: Mapping[str, Any] | None, why_not: str | None, reasons: dict[str, str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from mmedge.pipeline.environment import cpu_name
 from mmedge.pipeline.line import Line, Step
 from mmedge.profile.latency import EngineRef, interleaved
 from mmedge.profile.statistics import Speedup
+from mmedge.profile.worker import SETTLE, TURN
 from mmedge.recipe import TwinConfig
 from mmedge.targets.base import Target
 from mmedge.tensors import Array
@@ -114,6 +115,7 @@ class TwinRule:
             "queries": self.rule.queries,
             "threads": self.threads,
             "cpu": cpu_name(),
+            "turn": [SETTLE, TURN],
         }
 
         def measure() -> dict[str, Any]:

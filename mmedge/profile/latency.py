@@ -28,7 +28,7 @@ Message = dict[str, Any]
 
 
 class Series(dict[str, NDArray[np.int64]]):
-    """Latencies by engine id, nanoseconds, int64 of shape (rounds,).
+    """Latencies by engine id, nanoseconds, int64 of shape (queries,).
 
     Attributes:
         parts_ms: of engines on an accelerator, by id: median milliseconds of ``h2d``, ``device`` and ``d2h``.
@@ -49,22 +49,23 @@ def interleaved(
     progress: Progress | None = None,
     workdir: Path | None = None,
 ) -> Series:
-    """Time engines side by side: each round one query of batch 1 on every engine, see ``mmedge.profile.worker``.
+    """Time queries of batch 1 on engines side by side, a few in a row on each, see ``mmedge.profile.worker``.
 
     Args:
         engines: what to time; their ids differ.
         inputs: a few samples, first dimension samples; every engine gets the same in the same order.
         threads: threads of each engine.
-        queries: rounds to run. 700 are enough for a p99.
-        budget_s: seconds after which the rounds stop early, though not before 64 unless they take four times as long.
+        queries: to time on each engine. 700 are enough for a p99.
+        budget_s: seconds after which timing stops early, though not before 64 queries unless they take four times as
+            long.
         warmup_s: seconds of warm-up per engine.
         seed: of the order within the rounds.
-        progress: shows the rounds.
+        progress: shows the queries.
         workdir: where the temporary folder is made; the system's by default.
 
     Returns:
-        For each id the latencies in nanoseconds, int64 of shape (rounds,), in the order measured. All have the same
-        length: entry k of each was taken in round k.
+        For each id the latencies in nanoseconds, int64 of shape (queries,), in the order measured. All have the same
+        length: entries k were taken on the same sample in the same round.
 
     Raises:
         TargetError: an engine cannot be opened or run, or the process died; says at what and the last thing it said.
@@ -80,9 +81,9 @@ def interleaved(
             def listen(message: Message) -> None:
                 nonlocal done
                 parts.update(message.get("parts", {}))
-                if "round" in message:
-                    bar.advance(message["round"] - done)
-                    done = message["round"]
+                if "queries" in message:
+                    bar.advance(message["queries"] - done)
+                    done = message["queries"]
 
             _run(folder, threads, listen)
         with np.load(folder / spec.output, allow_pickle=False) as file:

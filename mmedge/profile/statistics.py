@@ -125,9 +125,9 @@ class Speedup:
 
     @classmethod
     def of(cls, reference: Nanoseconds, engine: Nanoseconds, seed: int = 0) -> Speedup:
-        """Compare two series of the same interleaved run, round by round in the same order.
+        """Compare two series of the same interleaved run, query by query in the same order.
 
-        Both are resampled with the same blocks of rounds, so that what slowed both down cancels.
+        Both are resampled with the same blocks of queries, so that what slowed both down cancels.
         """
         pair = [np.asarray(series, dtype=np.float64) for series in (reference, engine)]
         value = float(np.median(pair[0]) / np.median(pair[1]))
