@@ -103,7 +103,7 @@ class SceneVqa(nn.Module):
     """``image (batch, 3, 80, 80)`` and ``question (batch, 12)`` to logits ``(batch, answers)``; 0 pads questions."""
 
     def __init__(
-        self, vocabulary: int, length: int, answers: int, dim: int = 256, num_heads: int = 4, depth: int = 4
+        self, vocabulary: int, length: int, answers: int, dim: int = 512, num_heads: int = 8, depth: int = 4
     ) -> None:
         super().__init__()
         self.patches = Patches(dim)
