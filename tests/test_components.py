@@ -12,11 +12,12 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from mmedge import plugins
 from mmedge.errors import StageError, TaskError
 from mmedge.lower.cut import cut, specs_of
 from mmedge.lower.export import onnx_of
 from mmedge.pipeline.compress import Job, compress
-from mmedge.pipeline.device import build_here
+from mmedge.pipeline.device import _Device, build_here
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe
 from mmedge.report.html import render
@@ -81,14 +82,14 @@ def task(components: tuple[Component, ...] = (DECODER, ENCODER)) -> Task:
     )
 
 
-def run(folder: Path, targets: list[str], stages: list[dict]) -> Report:
+def run(folder: Path, targets: list[str], stages: list[dict], min_speedup: float = 0.0) -> Report:
     recipe = Recipe.model_validate(
         {
             "task": HERE,
             "targets": targets,
             "stages": stages,
             "profile": {"queries": 64, "health_samples": 32},
-            "twin": {"queries": 64, "min_speedup": 0.0, "max_drop": 1.0},
+            "twin": {"queries": 64, "min_speedup": min_speedup, "max_drop": 1.0},
         }
     )
     report, _ = compress(Job(recipe, "components.yaml", 0, folder, "mmedge compress …"), Progress())
@@ -171,6 +172,21 @@ def test_a_device_builds_and_measures_the_components_as_well(tmp_path) -> None:
             (part.name, part.artifact) for part in there.components
         ]
         assert all(part.parity.cosine > 0.99 and part.latency_ms for part in here.components)
+
+
+@pytest.mark.parametrize("favourite", ["fp32", "bf16", "int8 fp32", "int8 bf16"])
+def test_a_device_that_ships_another_form_has_its_components_too(tmp_path, monkeypatch, favourite) -> None:
+    forms = {form.float_name for form in plugins.target("openvino").forms()}
+    if favourite.removeprefix("int8 ") not in forms:
+        pytest.skip("this processor does not multiply bfloat16")
+    quantize = {"quantize": {"calibration": {"samples": 32, "observer": "minmax"}}}
+    run(tmp_path / "run", ["openvino"], [quantize], min_speedup=1.0)
+    monkeypatch.setattr(_Device, "_quick", lambda _, engines: {name: float(name != favourite) + 1 for name in engines})
+    report, _ = build_here(tmp_path / "run", "openvino", "mmedge build …", Progress(), again=True)
+    result = result_of(report, 1, "openvino")
+    assert result.twin.shipped == ("int8" if favourite.startswith("int8") else "twin")
+    assert [part.name for part in result.components] == ["encoder", "decoder"]
+    assert all(part.parity.cosine > 0.99 and part.latency_ms for part in result.components)
 
 
 def test_components_are_built_where_nothing_can_run(tmp_path) -> None:

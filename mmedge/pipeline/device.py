@@ -183,15 +183,16 @@ class _Device:
         portable = [each for each in self.known.get(stage.digest, ()) if each.manifest.kind == "onnx"]
         found = [each for one in portable for each in self.known.get(one.digest, ())]
         mine = [each for each in found if each.about.get("target") == self.target.name]
-        return {each.about["precision"]: each for each in mine if "-part" not in each.manifest.name}
+        return {each.about["precision"]: each for each in mine if not each.manifest.inputs["released"]}
 
     def _lowered_parts(self, stage: Stage) -> dict[str, dict[str, Artifact]]:
-        """Lowered graphs of a stage's components for this target, by component and precision."""
+        """Lowered graphs of a stage's components by component and precision, those with released layers left out."""
         portable = [each for each in self.known.get(stage.digest, ()) if each.manifest.kind == "onnx"]
         parts = [each for whole in portable for each in self.known.get(whole.digest, ())]
         found: dict[str, dict[str, Artifact]] = {}
         for each in (lowered for part in parts for lowered in self.known.get(part.digest, ())):
-            if each.about.get("target") == self.target.name and "component" in each.about:
+            mine = each.about.get("target") == self.target.name and "component" in each.about
+            if mine and not each.manifest.inputs["released"]:
                 found.setdefault(each.about["component"], {})[each.about["precision"]] = each
         return found
 
@@ -200,6 +201,9 @@ class _Device:
         source = self._float_parent(stage) if own.shipped == "twin" else stage
         lowered = self._lowered_parts(source or stage)
         if not lowered:
+            return None
+        if any(own.precision not in graphs for graphs in lowered.values()):
+            self.progress.say(f"{stage.name}: its components were lowered before {own.precision} was one of the forms")
             return None
         form = next(form for form in self.target.forms() if form.float_name == own.precision)
         engines = {

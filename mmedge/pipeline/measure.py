@@ -87,9 +87,7 @@ class Measurements:
     def defer(self, step: Step, target: Target, why: str) -> None:
         """Lower a step for a target whose engines are built on the device; keep what it is to be checked with."""
         lowered = {found.digest: found for found in (self.line.lowered(step, form) for form in target.forms())}
-        for form in target.forms():
-            for piece in self._pieces() if form.lowering.format == "onnx" else ():
-                self.line.lowered(step, form, piece=piece)
+        self._lower_components(step, target)
         self.deferred += [
             Deferred(
                 target=target.name,
@@ -199,6 +197,8 @@ class Measurements:
         if not self.line.task.components or target.lowering.format != "onnx":
             return
         first, last = (self.cells[step.name, target.name] for step in (steps[0], steps[-1]))
+        for step in (first.step, last.step, last.step.float_ancestor()):
+            self._lower_components(step, target)  # a device may ship another form of it, or its twin
         bench = Bench(self.line.store, self.profile, self._samples(), self.line.progress, last.why_not)
         first.components, last.components = bench.results(self._parts(first), self._parts(last))
 
@@ -209,6 +209,12 @@ class Measurements:
             for piece in self._pieces()
         }
         return Parts(cell.step.name, made.target, engines, self.line.reference(made.step, TIMED_SAMPLES))
+
+    def _lower_components(self, step: Step, target: Target) -> None:
+        """Lower the task's components in every form that a device may choose."""
+        for form in target.forms():
+            for piece in self._pieces() if form.lowering.format == "onnx" else ():
+                self.line.lowered(step, form, piece=piece)
 
     def _pieces(self) -> list[Piece]:
         return [piece for part in self.line.task.components for piece in part.pieces]
