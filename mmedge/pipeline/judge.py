@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ AT_ONCE = 8  # engines in one interleaved run
 
 @dataclass
 class Judge:
-    """Compares networks on one target.
+    """Compares networks on one target, in the precision in which each is fastest there.
 
     Attributes:
         task: data and metric. The test split is never looked at.
@@ -50,6 +49,7 @@ class Judge:
     others: Sequence[Target]
     threads: int
     progress: Progress
+    _twin: _Twin | None = field(default=None, init=False, repr=False)
 
     def __call__(self, parent: Network, network: Network) -> Judgement:
         """What ``network`` loses and gains against ``parent``, the network it was made from.
@@ -57,44 +57,67 @@ class Judge:
         Raises:
             TargetError: the target cannot build or run an engine of it.
         """
-        with self._engine(parent) as before, self._engine(network) as after:
-            sign = 1 if self.task.metric.higher_is_better else -1
-            drop = sign * (self._value(before) - self._value(after))
-            engines = [
-                EngineRef("before", self.target.name, str(before)),
-                EngineRef("after", self.target.name, str(after)),
-            ]
-            series = interleaved(
-                engines,
-                self._samples(),
-                threads=self.threads,
-                queries=QUERIES,
-                budget_s=BUDGET_S,
-                progress=self.progress,
-            )
-        return Judgement(drop, Speedup.of(series["before"], series["after"]).value)
-
-    @contextmanager
-    def _engine(self, network: Network) -> Iterator[Path]:
+        twin = self._twin_of(parent)
         with tempfile.TemporaryDirectory(prefix="mmedge-judge-") as name:
-            source, folder = Path(name, "source"), Path(name, "engine")
-            source.mkdir()
-            folder.mkdir()
-            write(onnx_of(network, self.task), source / "portable.onnx")
-            for number, other in enumerate(self.others):
-                elsewhere = Path(name, str(number))
-                elsewhere.mkdir()
-                _build(other, source, elsewhere)
-            _build(self.target, source, folder)
-            yield folder
+            engines = self._engines(network, Path(name))
+            series = self._timed([twin.engine, *engines])
+            speedups = [Speedup.of(series[0], mine).value for mine in series[1:]]
+            fastest = speedups.index(max(speedups))
+            sign = 1 if self.task.metric.higher_is_better else -1
+            return Judgement(sign * (twin.value - self._value(engines[fastest])), speedups[fastest])
+
+    def _twin_of(self, parent: Network) -> _Twin:
+        """The fastest engine of ``parent``; made once, for a search judges many networks against the same one."""
+        if self._twin is None or self._twin.network() is not parent:
+            folder = Path(tempfile.mkdtemp(prefix="mmedge-judge-"))
+            engines = self._engines(parent, folder)
+            series = self._timed(engines)
+            fastest = min(zip(engines, series, strict=True), key=lambda each: float(np.median(each[1])))[0]
+            self._twin = _Twin(weakref.ref(parent), fastest, self._value(fastest))
+            weakref.finalize(self._twin, shutil.rmtree, folder, ignore_errors=True)
+        return self._twin
+
+    def _engines(self, network: Network, folder: Path) -> list[Path]:
+        """The network in all forms of the target."""
+        portable = folder / "portable.onnx"
+        write(onnx_of(network, self.task), portable)
+        for number, other in enumerate(self.others):
+            _build(other, portable, folder / f"other-{number}")
+        forms = self.target.forms()
+        return [_build(form, portable, folder / str(number)) for number, form in enumerate(forms)]
+
+    def _timed(self, engines: Sequence[Path]) -> list[Array]:
+        """Nanoseconds of each, from one interleaved run."""
+        refs = [EngineRef(str(number), self.target.name, str(engine)) for number, engine in enumerate(engines)]
+        series = interleaved(
+            refs,
+            _samples(self.task),
+            threads=self.threads,
+            queries=QUERIES,
+            budget_s=BUDGET_S,
+            progress=self.progress,
+        )
+        return [series[ref.id] for ref in refs]
 
     def _value(self, folder: Path) -> float:
         with self.target.runner(folder, processors()) as run:
             answers = run_split(run, self.task, "calibration", "judging", progress=self.progress)
         return Accuracy.of(answers, self.task).value
 
-    def _samples(self) -> Mapping[str, Array]:
-        return _samples(self.task)
+
+@dataclass(frozen=True)
+class _Twin:
+    """What networks are judged against.
+
+    Attributes:
+        network: not kept alive.
+        engine: the fastest of the network; its folder goes when this does.
+        value: of the metric, on the calibration split.
+    """
+
+    network: weakref.ref[Network]
+    engine: Path
+    value: float
 
 
 @dataclass
@@ -164,15 +187,14 @@ class TargetClock:
             found += [self.reference_ms / Speedup.of(series["reference"], series[name]).value for name in names]
             for name in names:
                 shutil.rmtree(self.folder / name)
+                shutil.rmtree(self.folder / f"{name}-lowered")
         return found
 
     def _add(self, name: str, module: nn.Module) -> None:
-        source, folder = self.folder / "source", self.folder / name
-        source.mkdir()
-        folder.mkdir()
-        write(onnx_of(Network(module), self.watch.task), source / "portable.onnx")
-        _build(self.target, source, folder)
-        shutil.rmtree(source)
+        with tempfile.TemporaryDirectory(prefix="mmedge-clock-") as source:
+            portable = Path(source, "portable.onnx")
+            write(onnx_of(Network(module), self.watch.task), portable)
+            _build(self.target, portable, self.folder / name)
 
     def _timed(self, names: Sequence[str]) -> Series:
         engines = [EngineRef(name, self.target.name, str(self.folder / name)) for name in names]
@@ -190,9 +212,14 @@ class TargetClock:
         return float(np.median(nanoseconds)) / 1e6
 
 
-def _build(target: Target, source: Path, folder: Path) -> None:
-    shape_for(source / "portable.onnx", target.lowering, source / "model.onnx")
-    target.build(source / "model.onnx", folder)
+def _build(target: Target, portable: Path, folder: Path) -> Path:
+    """An engine in a new ``folder``, which the lowered graph stays beside: targets link such files, if they can."""
+    lowered = folder.with_name(f"{folder.name}-lowered")
+    for each in (lowered, folder):
+        each.mkdir()
+    shape_for(portable, target.lowering, lowered / "model.onnx")
+    target.build(lowered / "model.onnx", folder)
+    return folder
 
 
 def _samples(task: Task) -> Mapping[str, Array]:

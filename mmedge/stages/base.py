@@ -56,7 +56,7 @@ class Judgement:
 
     Attributes:
         drop: of the metric on the calibration split, positive when worse.
-        speedup: over the float engine, None where nothing can run here.
+        speedup: over the network before in its fastest higher precision, None where nothing can run here.
         reason: what else there is to say.
     """
 

@@ -26,7 +26,7 @@ class Tune(StageConfig):
 
     Attributes:
         max_drop: accuracy that may be lost against the network before, in the metric's unit.
-        min_speedup: over the float engine of the same network.
+        min_speedup: over the same network in its fastest higher precision.
         trials: at most so many.
     """
 

@@ -51,7 +51,7 @@ class Trial:
     Attributes:
         candidate: the one that was tried.
         drop: of the metric against the float network, positive when worse; None where it failed before it was judged.
-        speedup: over the float engine, None where it was not measured.
+        speedup: over the fastest higher precision, None where it was not measured.
         accepted: within both limits.
         reason: why not, or what the judge had to say.
         seconds: of applying and judging.
