@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from mmedge.lower.attention import in_integers, is_scores, is_weighing, pair_behind
 from mmedge.lower.export import onnx_of, write
-from mmedge.lower.passes import constant, nodes, quantized_weight
+from mmedge.lower.passes import constant, nodes, producer, quantized_weight
 from mmedge.lower.shape import Release, shape_for
 from mmedge.pipeline.line import float_weights
 from mmedge.stages.base import Network, as_tensors, outputs_of
@@ -268,6 +268,25 @@ def test_all_layers_released_the_graph_is_the_float_network(task, quantized, tmp
     batch = task.example()
     found = answers(OnnxRuntime(), tmp_path / "model.onnx", tmp_path / "engine", batch)
     assert relative_error(found, expected(Network(task.model), task, batch)) < 1e-5
+
+
+def test_no_pair_is_left_where_concatenation_and_pooling_went_back_to_float(small_task, context_of, tmp_path) -> None:
+    stage = Quantize(Quantize.Config(calibration={"samples": 64}))
+    context = context_of(small_task)
+    network = stage.restore(Network(small_task.model), stage.run(Network(small_task.model), context), context)
+    write(onnx_of(network, small_task), tmp_path / "portable.onnx")
+    weights = float_weights(network)
+    for number, released in enumerate([("fusion.0", "head"), tuple(weights)]):
+        path = tmp_path / f"{number}.onnx"
+        shape_for(tmp_path / "portable.onnx", OnnxRuntime.lowering, path, Release(released, weights))
+        model = ir.load(path)
+        (joined,) = nodes(model, "Concat")
+        assert all(producer(value, "DequantizeLinear") is None for value in joined.inputs)
+        quantizers = list(nodes(model, "QuantizeLinear"))
+        assert bool(quantizers) == (len(released) < len(weights))
+    batch = small_task.example()
+    found = answers(OnnxRuntime(), path, tmp_path / "engine", batch)
+    assert relative_error(found, expected(Network(small_task.model), small_task, batch)) < 1e-5
 
 
 def test_parts_of_a_concatenation_keep_their_shared_scale_and_run_in_int8(small_task, context_of, tmp_path) -> None:

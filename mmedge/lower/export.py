@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from torch.export import ExportedProgram
 
 from mmedge.errors import StageError
 from mmedge.lower.attention import attention
 from mmedge.lower.passes import weight_of
 from mmedge.lower.shape import save
 from mmedge.stages.base import Network
-from mmedge.stages.trace import TOP, layer_name, program_of, quiet
+from mmedge.stages.trace import TOP, layer_name, program_of, quiet, without_wrappers
+from mmedge.stages.trace import weight_of as weight_of_node
 from mmedge.task import Task
 
 OPSET = 20  # TensorRT 10.3 (JetPack 6.2) parses it, and it has Gelu and per-axis DequantizeLinear
 SCOPES = "pkg.torch.onnx.name_scopes"
-WEIGHTED = ("aten.conv", "aten.linear")  # in a traced graph
-KERNELS = ("Conv", "ConvTranspose", "MatMul", "Gemm")  # what they become in ONNX
+LAYERS = ("aten.conv", "aten.linear")  # in a traced graph
+KERNELS = ("Conv", "ConvTranspose", "MatMul", "Gemm")  # what they and products with a parameter become in ONNX
 
 
 def archive_of(network: Network, task: Task) -> bytes:
@@ -63,15 +65,25 @@ def onnx_of(network: Network, task: Task) -> ir.Model:
     if exported is None:
         raise StageError("the ONNX exporter returned nothing", where=f"task {task.name}")
     model = exported.model
-    _tidy(model, _layers(network))
+    _tidy(model, _layers(network, program))
     return model
 
 
-def _layers(network: Network) -> list[str]:
-    """Module paths of the weighted layers of a Q/DQ graph, in order: exporting a graph again forgets them."""
-    if not isinstance(network.module, torch.fx.GraphModule):
-        return []
-    return [layer_name(node) for node in network.module.graph.nodes if str(node.target).startswith(WEIGHTED)]
+def _layers(network: Network, program: ExportedProgram) -> list[str]:
+    """Names of the weighted layers, in order. A Q/DQ graph forgets them when it is exported."""
+    signature = program.graph_signature
+    parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    source: torch.fx.Graph = program.graph
+    if isinstance(network.module, torch.fx.GraphModule):
+        source, parameters = (network.prepared or network.module).graph, {}
+    return [layer_name(node, parameters) for node in source.nodes if _is_layer(node, parameters)]
+
+
+def _is_layer(node: torch.fx.Node, parameters: Mapping[str, str]) -> bool:
+    if str(node.target).startswith(LAYERS):
+        return True
+    source = weight_of_node(node)
+    return source is not None and (source.op == "get_attr" or source.name in parameters)
 
 
 def _tidy(model: ir.Model, layers: Sequence[str]) -> None:
@@ -105,17 +117,10 @@ def _module_path(node: ir.Node) -> str:
     """``image.blocks.0.conv1`` for a node of that module; ``model`` for one of the top level."""
     weight = node.inputs[1].name if len(node.inputs) > 1 and node.inputs[1] is not None else None
     if weight and weight.endswith(".weight"):  # a fused batch norm would lend the convolution its name
-        return _without_wrappers(weight.removesuffix(".weight"))
+        return without_wrappers(weight.removesuffix(".weight"))
     scopes = [part.strip(" '\"") for part in node.metadata_props.get(SCOPES, "").strip("[]").split(",")]
     module = next((part for part in reversed(scopes[:-1]) if part), "")
-    return _without_wrappers(module).removeprefix("module") or TOP
-
-
-def _without_wrappers(path: str) -> str:
-    """A path in the user's model: each time a graph is traced, what wraps it adds a ``module.``."""
-    while path.startswith("module."):
-        path = path.removeprefix("module.")
-    return path
+    return without_wrappers(module).removeprefix("module") or TOP
 
 
 def write(model: ir.Model, path: Path) -> None:

@@ -8,35 +8,47 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from mmedge.lower.passes import activation_pair, constant, nodes, producer, quantized_weight, replace
+from mmedge.lower.passes import activation_pair, constant, is_quantized, nodes, producer, quantized_weight, replace
 
 DOMAIN = "com.microsoft"
 
 
 def integer_products(model: ir.Model) -> None:
-    """INT8 matrix product and the bias behind it as one ``MatMulIntegerToFloat``.
+    """INT8 matrix products, each with the bias behind it, as ``MatMulIntegerToFloat``.
 
-    ONNX Runtime finds that kernel itself, but leaves the bias to an Add that reads and writes the result once more.
+    ONNX Runtime finds that kernel itself, but leaves the bias to an Add that reads and writes the result once more, and
+    1.32 misses it where a ReLU follows that nothing quantizes. What is quantized right behind is left to it.
     """
     for add in nodes(model, "Add"):
         for value, bias in (add.inputs, add.inputs[::-1]):
             product = producer(value, "MatMul")
             if product is not None and (inputs := _integers(product, bias)):
-                replace(model, add, ir.node("MatMulIntegerToFloat", inputs, domain=DOMAIN, name=product.name))
-                model.opset_imports[DOMAIN] = 1
+                _replace(model, add, product, inputs)
                 model.graph.remove(product, safe=True)
                 break
+    for product in nodes(model, "MatMul"):
+        if not is_quantized(product.outputs[0], through={"Relu"}) and (inputs := _integers(product)):
+            _replace(model, product, product, inputs)
 
 
-def _integers(product: ir.Node, bias: ir.Value | None) -> list[ir.Value | None]:
+def _replace(model: ir.Model, old: ir.Node, product: ir.Node, inputs: list[ir.Value | None]) -> None:
+    replace(model, old, ir.node("MatMulIntegerToFloat", inputs, domain=DOMAIN, name=product.name))
+    model.opset_imports[DOMAIN] = 1
+
+
+def _integers(product: ir.Node, bias: ir.Value | None = None) -> list[ir.Value | None]:
     """The kernel's inputs, none where it does not fit."""
     pair, weight = activation_pair(product.inputs[0]), quantized_weight(product.inputs[1])
-    values = constant(bias)
     array = constant(weight.inputs[0]) if weight is not None else None
-    if pair is None or weight is None or array is None or values is None:
+    if pair is None or weight is None or array is None or array.ndim != 2:
         return []
-    if array.ndim != 2 or values.shape != array.shape[1:] or len(list(product.outputs[0].uses())) != 1:
+    if bias is not None and not _adds_alone(product, bias, array.shape[1:]):
         return []
     quantize, dequantize = pair
     scales, zeros = (dequantize.inputs[1], weight.inputs[1]), (dequantize.inputs[2], weight.inputs[2])
-    return [quantize.outputs[0], weight.inputs[0], *scales, *zeros, bias]
+    return [quantize.outputs[0], weight.inputs[0], *scales, *zeros, *([bias] if bias is not None else [])]
+
+
+def _adds_alone(product: ir.Node, bias: ir.Value, shape: tuple[int, ...]) -> bool:
+    values = constant(bias)
+    return values is not None and values.shape == shape and len(list(product.outputs[0].uses())) == 1

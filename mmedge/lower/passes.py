@@ -155,6 +155,20 @@ def drop_idle_pairs(model: ir.Model, keep_convolutions: bool) -> None:
                 replace(model, dequantize, same)
             else:
                 dequantize.outputs[0].replace_all_uses_with(source)
+                model.graph.remove(dequantize, safe=True)
+        model.graph.remove(quantize, safe=True)  # or what stands before would take it for a reader
+
+
+def is_quantized(value: ir.Value, through: Collection[str]) -> bool:
+    """Whether a quantizer reads ``value``, or what operators of some kinds make of it."""
+    readers = [use.node for use in value.uses()]
+    while readers:
+        node = readers.pop()
+        if node.op_type == "QuantizeLinear":
+            return True
+        if node.op_type in through:
+            readers += [use.node for use in node.outputs[0].uses()]
+    return False
 
 
 def ends_int8_convolution(value: ir.Value | None) -> bool:
@@ -169,11 +183,14 @@ def _feeds_int8(dequantize: ir.Node) -> bool:
     readers = [use.node for use in dequantize.outputs[0].uses()]
     while readers:
         node = readers.pop()
-        if node.op_type == "Concat" and any(use.node.op_type == "QuantizeLinear" for use in node.outputs[0].uses()):
+        if node.op_type == "Concat" and is_quantized(node.outputs[0], through=frozenset()):
             return True  # the parts share the scale of the whole
         if node.op_type in MOVING:
             readers += [use.node for use in node.outputs[0].uses()]
-        elif node.op_type in POOLING or _is_residual(node) or _has_int8_weight(node) or _is_integer_product(node):
+        elif node.op_type in POOLING:
+            if is_quantized(node.outputs[0], through=MOVING):
+                return True
+        elif _is_residual(node) or _has_int8_weight(node) or _is_integer_product(node):
             return True
     return False
 
@@ -204,7 +221,12 @@ def _is_residual(add: ir.Node) -> bool:
         return False
     pairs = [activation_pair(value) for value in add.inputs]
     sources = [pair[0].inputs[0] if pair else value for pair, value in zip(pairs, add.inputs, strict=True)]
-    return any(pairs) and any(producer(source, "Conv", "ConvTranspose") is not None for source in sources)
+    return any(pairs) and any(_is_int8_convolution(source) for source in sources)
+
+
+def _is_int8_convolution(value: ir.Value | None) -> bool:
+    convolution = producer(value, "Conv", "ConvTranspose")
+    return convolution is not None and quantized_weight(convolution.inputs[1]) is not None
 
 
 def keep_sums_unquantized(model: ir.Model) -> None:

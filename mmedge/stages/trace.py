@@ -7,10 +7,11 @@ import io
 import linecache
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from traceback import walk_tb
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -101,10 +102,53 @@ def _rows(tensor: Tensor, count: int) -> Tensor:
     return tensor[:count] if len(tensor) >= count else tensor.repeat_interleave(count, dim=0)[:count]
 
 
-def layer_name(node: Node) -> str:
-    """The module path a node came from (``image.blocks.0.conv1``), or the node's own name at the top level."""
-    path = module_name(node)
+def layer_name(node: Node, parameters: Mapping[str, str] = MappingProxyType({})) -> str:
+    """What a node is called: its module path (``image.blocks.0.conv1``), or its own name at the top level.
+
+    Where one module holds several weights, its layers are called after those: ``attn.in_proj``, ``attn.out_proj``.
+
+    Args:
+        node: of a traced graph.
+        parameters: paths of parameters by the name of their placeholder, where the graph takes them as inputs.
+    """
+    path, weight = module_name(node), _weight_path(node, parameters)
+    if weight is not None and (path == TOP or weight.startswith(f"{path}.")):
+        return weight
     return path if path != TOP else node.name
+
+
+def weight_of(node: Node) -> Node | None:
+    """What the weight of a convolution, linear layer or matrix product comes from, turned and quantized at most.
+
+    A parameter, an input of the graph, or None where it is computed or the node is something else.
+    """
+    index = next((number for kind, number in _WEIGHTS.items() if str(node.target).startswith(kind)), None)
+    source = node.args[index] if index is not None else None
+    while isinstance(source, Node) and source.op not in ("get_attr", "placeholder"):
+        passes = source.op == "call_module" or str(source.target).startswith(_PASSING)
+        source = source.args[0] if passes else None
+    return source if isinstance(source, Node) else None
+
+
+# Position of the weight among the arguments, and what may stand between it and its parameter.
+_WEIGHTS = {"aten.conv": 1, "aten.linear": 1, "aten.matmul": 1, "aten.mm.": 1, "aten.addmm": 2}
+_PASSING = ("aten.t.", "aten.numpy_T", "aten.transpose", "aten.permute", "quantized_decomposed.dequantize")
+
+
+def _weight_path(node: Node, parameters: Mapping[str, str]) -> str | None:
+    source = weight_of(node)
+    if source is None:
+        return None
+    name = str(source.target) if source.op == "get_attr" else parameters.get(source.name, "_")
+    path = without_wrappers(name).removesuffix(".weight").removesuffix("_weight")
+    return None if path.startswith("_") else path  # the exporter's own: its name says nothing
+
+
+def without_wrappers(path: str) -> str:
+    """A path in the user's model: each time a graph is traced, what wraps it adds a ``module.``."""
+    while path.startswith("module."):
+        path = path.removeprefix("module.")
+    return path
 
 
 def module_name(node: Node) -> str:

@@ -37,10 +37,25 @@ SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 MASKING = frozenset({aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.masked_fill.Scalar, aten.where.self})
 AVERAGING = frozenset({aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default})
 
+# Operators with parameters that stay floating point, by the name of the operator, and why.
+_RECURRENT = "no target runs recurrent layers in INT8"
+_AS_LINEAR = "this product has no INT8 form; written as nn.Linear it would have one"
+FLOAT_ONLY: Mapping[str, str] = {
+    **dict.fromkeys(("gru", "lstm", "rnn_tanh", "rnn_relu"), _RECURRENT),
+    **dict.fromkeys(("einsum", "bilinear", "bmm", "baddbmm", "matmul", "addmm"), _AS_LINEAR),
+    "conv_transpose3d": "no target runs it in INT8",
+}
+
 
 def is_weighted(node: Node) -> bool:
     """Whether ``node`` is a convolution or a linear layer."""
     return node.target in CHANNEL_AXIS
+
+
+def why_float(node: Node) -> str | None:
+    """Why ``node`` stays floating point although it has parameters as a layer has them; None for all others."""
+    reason = FLOAT_ONLY.get(str(node.target).removeprefix("aten.").partition(".")[0])
+    return reason if reason and any(source.op == "get_attr" for source in node.all_input_nodes) else None
 
 
 def attended(node: Node) -> tuple[Node, ...]:

@@ -43,6 +43,7 @@ from mmedge.stages.quantization.operators import (
     attended,
     is_weighted,
     most_tokens,
+    why_float,
 )
 from mmedge.stages.quantization.prepared import Range
 from mmedge.stages.trace import layer_name, module_name
@@ -87,6 +88,7 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
         nodes = list(model.graph.nodes)
         for node in filter(is_weighted, nodes):
             self._annotate_weighted(node)
+        self.skipped += [Skipped(layer_name(node), reason) for node in nodes if (reason := why_float(node))]
         for node in nodes:
             if node.target in ADD:
                 _annotate_residual(node)
@@ -141,7 +143,7 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
 
     def _reason_to_skip(self, node: Node, name: str) -> str | None:
         for pattern in self.keep_float:
-            if fnmatchcase(name, pattern):
+            if fnmatchcase(name, pattern) or fnmatchcase(module_name(node), pattern):
                 return f"kept in floating point by the recipe ({pattern})"
         weight = node.args[1]
         if not isinstance(weight, Node) or weight.op != "get_attr":
