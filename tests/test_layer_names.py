@@ -164,6 +164,46 @@ def test_parameters_that_no_target_runs_in_int8_are_named_with_the_reason(contex
     assert network.prepared is not None
 
 
+class Computed(nn.Module):
+    """Weights that are computed from parameters: PyTorch's cross attention cuts them, weight_norm scales them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        self.queries = nn.Parameter(torch.randn(1, 3, WIDTH))
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(WIDTH, 16, 3))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.cross(self.queries.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0]
+        return self.head(F.relu(self.normed(torch.cat([found, x], 1).transpose(1, 2))).mean(2))
+
+
+def test_weights_that_are_computed_from_parameters_are_weights(context_of, tmp_path) -> None:
+    torch.manual_seed(0)
+    task = task_of(Computed())
+    state = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    network, edits = quantized(task, context_of, smooth=0.5, bias_correction=True)
+    layers = ["cross.in_proj_0", "cross.in_proj_1", "cross.out_proj", "normed", "head"]
+    assert edits["quantized"] == layers
+    assert edits["skipped"] == {}
+    assert all(each["reason"] == "" for each in edits["biases"])  # a bias that was cut out is one
+    for name, tensor in task.model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    write(onnx_of(network, task), tmp_path / "portable.onnx")
+    shape_for(tmp_path / "portable.onnx", OnnxRuntime.lowering, tmp_path / "model.onnx")
+    (tmp_path / "engine").mkdir()
+    coverage = OnnxRuntime().build(tmp_path / "model.onnx", tmp_path / "engine").coverage
+    assert coverage is not None
+    assert sorted(name.rpartition("/")[0] for name in coverage.int8) == sorted(layers)
+    batch = task.example()
+    with torch.no_grad():
+        exact = outputs_of(task.model, as_tensors(batch.inputs), task.outputs)["logits"].numpy()
+    with OnnxRuntime().runner(tmp_path / "engine", 1) as run:
+        answer = run(batch.inputs)["logits"]
+    assert np.abs(answer - exact).max() / np.abs(exact).max() < 0.1
+
+
 class OnlyRecurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -211,12 +211,12 @@ def prepare(network: Network, task: Task, keep_float: tuple[str, ...]) -> tuple[
     with quiet():  # torchao reports accelerator libraries that a CPU does not need
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
+        from mmedge.stages.quantization.canonical import canonical
         from mmedge.stages.quantization.placement import Int8Placement
-        from mmedge.stages.quantization.products import products_as_layers
 
     placement = Int8Placement(keep_float)
     with quiet():
-        prepared = prepare_pt2e(products_as_layers(graph_of(network.module, task)), placement)
+        prepared = prepare_pt2e(canonical(graph_of(network.module, task)), placement)
     skipped = {each.layer: each.reason for each in placement.skipped}
     if not placement.quantized:
         reasons = sorted(set(skipped.values())) or ["no convolution or linear layer"]

@@ -140,7 +140,7 @@ def _weight_path(node: Node, parameters: Mapping[str, str]) -> str | None:
     if source is None:
         return None
     name = str(source.target) if source.op == "get_attr" else parameters.get(source.name, "_")
-    path = without_wrappers(name).removesuffix(".weight").removesuffix("_weight")
+    path = without_wrappers(name).removesuffix(".weight").removesuffix("_weight").removesuffix("_turned")
     return None if path.startswith("_") else path  # the exporter's own: its name says nothing
 
 
