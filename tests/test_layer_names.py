@@ -18,7 +18,10 @@ from mmedge.lower.passes import nodes
 from mmedge.lower.shape import Release, shape_for
 from mmedge.pipeline.line import float_weights
 from mmedge.stages.base import Network, as_tensors, outputs_of
+from mmedge.stages.quantization.canonical import canonical
+from mmedge.stages.quantization.operators import LINEAR
 from mmedge.stages.quantize import Quantize, prepare
+from mmedge.stages.trace import graph_of
 from mmedge.targets.onnxruntime import OnnxRuntime
 from mmedge.targets.openvino import OpenVino
 from mmedge.task import Batch, Metric, Task, accuracy
@@ -162,6 +165,31 @@ def test_parameters_that_no_target_runs_in_int8_are_named_with_the_reason(contex
         "shared": True,  # the sum reads it as well: a transposed copy would be a second parameter
     }
     assert network.prepared is not None
+
+
+class Turned(nn.Module):
+    """Products with matrices that are turned, and with one that only looks turned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.2) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x @ self.one.transpose(-1, 0) + x @ self.two.permute(1, 0) + x @ self.three.permute(0, 1)
+        return self.head(x.mean(1))
+
+
+def test_a_matrix_is_read_as_it_stands_or_turned(context_of) -> None:
+    torch.manual_seed(0)
+    task = task_of(Turned())
+    graph = graph_of(task.model, task)
+    batch = as_tensors(task.example().inputs)
+    before = graph(**batch)
+    after = canonical(graph)
+    assert sum(node.target is LINEAR for node in after.graph.nodes) == 3
+    for wanted, found in zip(before, after(**batch), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 class Computed(nn.Module):

@@ -123,11 +123,18 @@ def _weight(graph: GraphModule, node: Node) -> Node | None:
         return None
     if source.target in TURNED:
         parameter = source.args[0]
-        return parameter if isinstance(parameter, Node) and parameter.op == "get_attr" else None
+        turns = isinstance(parameter, Node) and parameter.op == "get_attr" and _turns(source)
+        return parameter if isinstance(parameter, Node) and turns else None
     if source.op != "get_attr":
         return None
     others = [each for each in graph.graph.nodes if each.op == "get_attr" and each.target == source.target]
     return _transposed(graph, source) if sum(len(each.users) for each in others) == 1 else None
+
+
+def _turns(node: Node) -> bool:
+    """Whether a node that may swap the two axes of a matrix does: ``permute(0, 1)`` does not."""
+    numbers = torch.arange(6).reshape(2, 3)
+    return torch.equal(node.target(numbers, *node.args[1:]), numbers.T)  # type: ignore[operator]
 
 
 def _transposed(graph: GraphModule, source: Node) -> Node:
