@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mmedge.errors import StageError
 from mmedge.pipeline.compress import Job, compress
+from mmedge.pipeline.line import release_of
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe, find_recipe, load_recipe, plan
 from mmedge.report.model import Report
 from mmedge.stages.base import Judgement, Network, as_tensors, outputs_of
 from mmedge.stages.distill import Distill
+from mmedge.stages.quantization.prepared import layers_of, tensor_at
 from mmedge.stages.quantize import Quantize
 
 QUICK = {"queries": 64, "health_samples": 64}
@@ -115,6 +118,18 @@ def test_training_with_rounding_leaves_the_original_as_it_was(small_task, contex
     network = rounded(small_task, context, smooth=0.5, rounding="compensated", bias_correction=True)
     Distill(Distill.Config(epochs=1, samples=128, features=0)).run(network, context)
     assert all(torch.equal(tensor, before[name]) for name, tensor in small_task.model.state_dict().items())
+
+
+def test_a_layer_that_was_trained_goes_back_to_float_as_training_left_it(small_task, context_of) -> None:
+    context = context_of(small_task)
+    network = rounded(small_task, context, rounding="compensated", bias_correction=True)
+    stage = Distill(Distill.Config(epochs=1, samples=128, features=0))
+    trained = stage.restore(network, stage.run(network, context), context)
+    assert release_of(network, ()).biases
+    release = release_of(trained, ())
+    assert not release.biases
+    for layer in layers_of(trained.prepared):
+        assert np.array_equal(release.weights[layer.name], tensor_at(trained.prepared, layer.weight_path).detach())
 
 
 def test_a_quantized_network_cannot_be_swapped_for_the_tasks_student(small_task, context_of) -> None:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from mmedge.errors import StageError
 from mmedge.lower.export import onnx_of, write
 from mmedge.lower.passes import nodes
-from mmedge.lower.shape import Release, shape_for
-from mmedge.pipeline.line import float_weights
+from mmedge.lower.shape import shape_for
+from mmedge.pipeline.line import release_of
 from mmedge.stages.base import Network, as_tensors, outputs_of
 from mmedge.stages.quantization.canonical import canonical
 from mmedge.stages.quantization.operators import LINEAR
@@ -87,7 +87,7 @@ def test_every_weight_has_a_name_and_is_quantized_however_it_is_written(task, co
     assert edits["quantized"] == LAYERS
     assert edits["attention"] == ["attn"]
     assert edits["skipped"] == {}
-    weights = float_weights(network)
+    weights = release_of(network, ()).weights
     assert {name: weight.shape for name, weight in weights.items()} == {
         "attn.in_proj": (3 * WIDTH, WIDTH),
         "attn.out_proj": (WIDTH, WIDTH),
@@ -116,14 +116,14 @@ def test_the_float_graph_has_the_same_names(task) -> None:
 @pytest.mark.parametrize("target", [OnnxRuntime(), OpenVino()], ids=lambda target: target.name)
 def test_every_layer_runs_in_int8_or_goes_back_to_float_alone(task, context_of, tmp_path: Path, target) -> None:
     network, _ = quantized(task, context_of)
-    weights = float_weights(network)
+    weights = release_of(network, ()).weights
     write(onnx_of(network, task), tmp_path / "portable.onnx")
     batch = task.example()
     with torch.no_grad():
         exact = outputs_of(task.model, as_tensors(batch.inputs), task.outputs)["logits"].numpy()
     for number, released in enumerate([(), ("attn.in_proj",), ("attn.out_proj", "projection"), (*weights, "attn")]):
         model, folder = tmp_path / f"{number}.onnx", tmp_path / str(number)
-        shape_for(tmp_path / "portable.onnx", target.lowering, model, Release(released, weights))
+        shape_for(tmp_path / "portable.onnx", target.lowering, model, release_of(network, released))
         folder.mkdir()
         coverage = target.build(model, folder).coverage
         assert coverage is not None

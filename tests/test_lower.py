@@ -21,7 +21,7 @@ from mmedge.lower.attention import in_integers, is_scores, is_weighing, pair_beh
 from mmedge.lower.export import onnx_of, write
 from mmedge.lower.passes import constant, nodes, producer, quantized_weight
 from mmedge.lower.shape import Release, shape_for
-from mmedge.pipeline.line import float_weights
+from mmedge.pipeline.line import release_of
 from mmedge.stages.base import Network, as_tensors, outputs_of
 from mmedge.stages.quantization.prepared import attention_of
 from mmedge.stages.quantize import Quantize, prepare
@@ -249,7 +249,7 @@ def test_weights_go_to_openvino_without_zero_points_and_signed_where_only_produc
 def test_released_layers_run_in_float_with_their_own_weights(task, quantized, tmp_path, target) -> None:
     network, portable = quantized
     released = ("up", "down", "patch")
-    release = Release(released, float_weights(network))
+    release = release_of(network, released)
     shape_for(portable, target.lowering, tmp_path / "model.onnx", release)
     (tmp_path / "engine").mkdir()
     coverage = target.build(tmp_path / "model.onnx", tmp_path / "engine").coverage
@@ -260,8 +260,8 @@ def test_released_layers_run_in_float_with_their_own_weights(task, quantized, tm
 
 def test_all_layers_released_the_graph_is_the_float_network(task, quantized, tmp_path) -> None:
     network, portable = quantized
-    weights = float_weights(network)
-    shape_for(portable, OnnxRuntime.lowering, tmp_path / "model.onnx", Release(tuple(weights), weights))
+    layers = tuple(release_of(network, ()).weights)
+    shape_for(portable, OnnxRuntime.lowering, tmp_path / "model.onnx", release_of(network, layers))
     model = ir.load(tmp_path / "model.onnx")
     assert not list(nodes(model, "QuantizeLinear", "DequantizeLinear"))
     assert not any(quantized_weight(node.inputs[1]) for node in nodes(model, "MatMul", "Conv", "Gemm"))
@@ -270,20 +270,39 @@ def test_all_layers_released_the_graph_is_the_float_network(task, quantized, tmp
     assert relative_error(found, expected(Network(task.model), task, batch)) < 1e-5
 
 
+@pytest.mark.parametrize("which", ["reader", "small"])
+def test_what_goes_back_to_float_is_as_it_was_before_repairs_of_rounding(
+    which, task, small_task, context_of, tmp_path
+) -> None:
+    given = task if which == "reader" else small_task
+    config = {"calibration": {"samples": 32}, "smooth": 0.5, "rounding": "compensated", "bias_correction": True}
+    stage, context, original = Quantize(Quantize.Config(**config)), context_of(given), Network(given.model)
+    network = stage.restore(original, stage.run(original, context), context)
+    write(onnx_of(network, given), tmp_path / "portable.onnx")
+    everything = release_of(network, (*release_of(network, ()).weights, *attention_of(network.prepared)))
+    assert everything.biases
+    batch = given.example()
+    wanted = expected(original, given, batch)
+    for name, release in (("exact", everything), ("biased", replace(everything, biases={}))):
+        shape_for(tmp_path / "portable.onnx", OnnxRuntime.lowering, tmp_path / f"{name}.onnx", release)
+        found = answers(OnnxRuntime(), tmp_path / f"{name}.onnx", tmp_path / name, batch)
+        assert (relative_error(found, wanted) < 1e-5) == (name == "exact")
+
+
 def test_no_pair_is_left_where_concatenation_and_pooling_went_back_to_float(small_task, context_of, tmp_path) -> None:
     stage = Quantize(Quantize.Config(calibration={"samples": 64}))
     context = context_of(small_task)
     network = stage.restore(Network(small_task.model), stage.run(Network(small_task.model), context), context)
     write(onnx_of(network, small_task), tmp_path / "portable.onnx")
-    weights = float_weights(network)
-    for number, released in enumerate([("fusion.0", "head"), tuple(weights)]):
+    layers = tuple(release_of(network, ()).weights)
+    for number, released in enumerate([("fusion.0", "head"), layers]):
         path = tmp_path / f"{number}.onnx"
-        shape_for(tmp_path / "portable.onnx", OnnxRuntime.lowering, path, Release(released, weights))
+        shape_for(tmp_path / "portable.onnx", OnnxRuntime.lowering, path, release_of(network, released))
         model = ir.load(path)
         (joined,) = nodes(model, "Concat")
         assert all(producer(value, "DequantizeLinear") is None for value in joined.inputs)
         quantizers = list(nodes(model, "QuantizeLinear"))
-        assert bool(quantizers) == (len(released) < len(weights))
+        assert bool(quantizers) == (len(released) < len(layers))
     batch = small_task.example()
     found = answers(OnnxRuntime(), path, tmp_path / "engine", batch)
     assert relative_error(found, expected(Network(small_task.model), small_task, batch)) < 1e-5

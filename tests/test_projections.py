@@ -15,8 +15,8 @@ from onnx.reference import ReferenceEvaluator
 
 from mmedge.lower.passes import constant, nodes
 from mmedge.lower.projections import merge_projections
-from mmedge.lower.shape import Release, shape_for
-from mmedge.pipeline.line import float_weights
+from mmedge.lower.shape import shape_for
+from mmedge.pipeline.line import release_of
 from mmedge.stages.base import Network
 from mmedge.targets.openvino import OpenVino, opened
 
@@ -149,7 +149,7 @@ def test_openvino_answers_the_same_and_names_every_layer(reader, tmp_path) -> No
 
 def test_a_released_projection_keeps_its_product(reader, tmp_path) -> None:
     network, portable = reader
-    release = Release(("k",), {"k": float_weights(network)["k"]})
+    release = release_of(network, ("k",))
     shape_for(portable, OpenVino.lowering, tmp_path / "model.onnx", release)
     (tmp_path / "engine").mkdir()
     coverage = OpenVino().build(tmp_path / "model.onnx", tmp_path / "engine").coverage

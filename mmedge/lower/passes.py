@@ -107,13 +107,16 @@ def _transpose_weight(model: ir.Model, dequantize: ir.Node, permutation: list[in
     dequantize.attributes["axis"] = ir.AttrInt64("axis", permutation.index(axis))
 
 
-def release(model: ir.Model, layers: Collection[str], weights: Mapping[str, Array]) -> None:
-    """Take layers back to floating point: their float weights, and their input as it was before it was quantized.
+def release(
+    model: ir.Model, layers: Collection[str], weights: Mapping[str, Array], biases: Mapping[str, Array]
+) -> None:
+    """Take layers back to floating point: float weights and biases, and their input as it was before it was quantized.
 
     Args:
         model: a Q/DQ graph whose weights still lie as PyTorch lays them out.
         layers: module paths.
         weights: float weights by module path.
+        biases: float biases by module path, where they differ from those of the graph.
     """
     for node in nodes(model, *WEIGHTED):
         layer = layer_of(node)
@@ -123,7 +126,21 @@ def release(model: ir.Model, layers: Collection[str], weights: Mapping[str, Arra
         if pair := activation_pair(node.inputs[0]):
             node.replace_input_with(0, pair[0].inputs[0])
         dequantize.outputs[0].replace_all_uses_with(add_constant(model, f"{layer}.float", weights[layer]))
+        if layer in biases and (found := _bias_of(node, biases[layer].shape)):
+            reader, index = found
+            reader.replace_input_with(index, add_constant(model, f"{layer}.float_bias", biases[layer]))
     _fold_float_transposes(model)
+
+
+def _bias_of(node: ir.Node, shape: tuple[int, ...]) -> tuple[ir.Node, int] | None:
+    """The node that adds a layer's bias, and as which input: the layer itself, or the sum behind a product."""
+    readers = [use.node for use in node.outputs[0].uses() if use.node.op_type == "Add"]
+    for reader in [node, *readers]:
+        for index, value in enumerate(reader.inputs):
+            array = None if reader is node and index < 2 else constant(value)
+            if array is not None and array.shape == shape:
+                return reader, index
+    return None
 
 
 def _fold_float_transposes(model: ir.Model) -> None:

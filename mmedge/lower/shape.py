@@ -17,7 +17,7 @@ from mmedge.tensors import Array
 
 INLINE_LIMIT = 1_500_000_000  # bytes; a protobuf message ends at 2 GiB
 LARGE_TENSOR = 1 << 16  # bytes; smaller ones, all scales among them, stay in the graph
-VERSION = 5  # raise it when a pass changes: cached engines expire
+VERSION = 6  # raise it when a pass changes: cached engines expire
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,12 @@ class Release:
     Attributes:
         layers: their module paths.
         weights: float weights by module path, as PyTorch lays them out.
+        biases: float biases by module path, of layers whose INT8 form has another one.
     """
 
     layers: Collection[str] = ()
     weights: Mapping[str, Array] = field(default_factory=dict)
+    biases: Mapping[str, Array] = field(default_factory=dict)
 
 
 def shape_for(
@@ -47,7 +49,7 @@ def shape_for(
     """
     graph = ir.load(model)
     if release is not None:
-        passes.release(graph, release.layers, release.weights)
+        passes.release(graph, release.layers, release.weights, release.biases)
         attention.in_floating_point(graph, release.layers)
     if lowering.integer_attention:
         attention.in_integers(graph)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -248,7 +248,7 @@ class Line:
             if lowering.format == "pt2":
                 place(portable.file("model.pt2"), folder, lowered.name)
             else:
-                release = shape.Release(released, float_weights(step.network)) if released else None
+                release = release_of(step.network, released) if released else None
                 shape.shape_for(portable.file("model.onnx"), lowering, lowered, release, islands)
             kept = ("inputs", "outputs", "cache")
             names: dict[str, Any] = {key: portable.about[key] for key in kept if key in portable.about}
@@ -316,14 +316,28 @@ def restored(planned: PlannedStage, artifact: Artifact, parent: Network, context
     return network
 
 
-def float_weights(network: Network) -> dict[str, Array]:
-    """The weights of a Q/DQ network's INT8 layers before they were rounded, by module path."""
+def release_of(network: Network, layers: Collection[str]) -> shape.Release:
+    """What lowering needs to take INT8 layers of a Q/DQ network back to floating point.
+
+    Args:
+        network: Q/DQ; its weights as they were before any rounding.
+        layers: module paths of INT8 layers, and of modules that attend.
+    """
     from mmedge.stages.quantization.prepared import layers_of, tensor_at
 
     prepared = network.prepared
     if prepared is None:
-        return {}
-    return {layer.name: tensor_at(prepared, layer.weight_path).detach().numpy() for layer in layers_of(prepared)}
+        return shape.Release(layers)
+    found, exact = layers_of(prepared), network.exact
+
+    def weight(path: str) -> Array:
+        kept: Array = exact.get(path, tensor_at(prepared, path)).detach().numpy()
+        return kept
+
+    weights = {layer.name: weight(layer.weight_path) for layer in found}
+    paths = {layer.name: layer.bias_path for layer in found if layer.bias_path is not None}
+    biases = {name: exact[path].numpy() for name, path in paths.items() if path in exact}
+    return shape.Release(layers, weights, biases)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -35,11 +35,14 @@ class Network:
         form: ``float``, or ``qdq`` for a graph with quantize/dequantize pairs.
         prepared: of a ``qdq`` network the graph that it was converted from (``mmedge.stages.quantization.prepared``):
             float weights and ranges, so that it can be trained, or parts of it taken back to floating point.
+        exact: by path in ``prepared``, weights and biases as they were before a repair of INT8's rounding changed them:
+            what a layer needs that goes back to floating point.
     """
 
     module: nn.Module
     form: Form = "float"
     prepared: GraphModule | None = None
+    exact: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from mmedge.stages.quantization.ranges import set_ranges
 from mmedge.stages.trace import graph_of, quiet
 from mmedge.task import Task
 
+EXACT = "exact:"  # before the names of tensors as they were; no path in a module has a colon
+
 
 class Tune(StageConfig):
     """Search for the cheapest settings that keep the accuracy and are not slower than the float network.
@@ -38,13 +40,14 @@ class Tune(StageConfig):
 class Quantize(Stage):
     """Float in, Q/DQ out.
 
-    What is kept is the state of the prepared graph: weights and ranges. Restoring traces the float network again,
-    places the same quantizers and loads that state, so no graph, code or pickle is stored.
+    What is kept is the state of the prepared graph: weights and ranges, and as they were before, the weights and biases
+    that a repair changed. Restoring traces the float network again, places the same quantizers and loads that state, so
+    no graph, code or pickle is stored.
     """
 
     name = "quantize"
     gives = "qdq"
-    version = 4
+    version = 5
 
     class Config(StageConfig):
         """Settings of ``quantize``.
@@ -118,10 +121,10 @@ def quantized(config: Quantize.Config, network: Network, context: Context) -> Sa
     work = _Work(prepared, config, context, edits)
     seen = _calibrated(work)
     measure_weights(prepared)
-    _repair(work, seen)
+    exact = _repair(work, seen)
     if config.sensitivity_samples:
         edits["sensitivity"] = _sensitivity(work, network)
-    return Saved(state_of(prepared), edits)
+    return Saved({**state_of(prepared), **{f"{EXACT}{path}": tensor for path, tensor in exact.items()}}, edits)
 
 
 def tuned(config: Quantize.Config, tune: Tune, network: Network, context: Context) -> Saved:
@@ -198,8 +201,9 @@ def restored(network: Network, task: Task, saved: Saved) -> Network:
     from mmedge.stages.quantization.prepared import converted, load_state
 
     prepared, _ = prepare(network, task, saved.edits["keep_float"])
-    load_state(prepared, saved.tensors)
-    return Network(converted(prepared), "qdq", prepared)
+    exact = {name.removeprefix(EXACT): saved.tensors[name] for name in saved.tensors if name.startswith(EXACT)}
+    load_state(prepared, {name: tensor for name, tensor in saved.tensors.items() if not name.startswith(EXACT)})
+    return Network(converted(prepared), "qdq", prepared, exact)
 
 
 def prepare(network: Network, task: Task, keep_float: tuple[str, ...]) -> tuple[GraphModule, dict[str, Any]]:
@@ -246,16 +250,25 @@ def _calibrated(work: _Work) -> Mapping[str, Any]:
     return seen
 
 
-def _repair(work: _Work, seen: Mapping[str, Any]) -> None:
-    if work.config.rounding == "compensated":
+def _repair(work: _Work, seen: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Change weights and biases so that rounding harms less; gives back those that changed, by path, as they were."""
+    from mmedge.stages.quantization.prepared import layers_of, tensor_at
+
+    compensated, corrected = work.config.rounding == "compensated", work.config.bias_correction
+    layers = layers_of(work.prepared)
+    paths = [layer.weight_path for layer in layers if compensated]
+    paths += [layer.bias_path for layer in layers if corrected and layer.bias_path is not None]
+    before = {path: tensor_at(work.prepared, path).detach().clone() for path in paths}
+    if compensated:
         from mmedge.stages.quantization.rounding import compensate
 
         work.edits["rounded"] = [_told(each) for each in compensate(work.prepared, _inputs(work.context.task, 128))]
-    if work.config.bias_correction:
+    if corrected:
         from mmedge.stages.quantization.bias import correct
 
         means = {path: each.channel_mean for path, each in seen.items()}
         work.edits["biases"] = [_told(each) for each in correct(work.prepared, means)]
+    return {path: tensor for path, tensor in before.items() if not torch.equal(tensor, tensor_at(work.prepared, path))}
 
 
 def _sensitivity(work: _Work, network: Network) -> dict[str, float]:
