@@ -2,8 +2,9 @@
 
 On 4,000 test samples the losses of good INT8 networks differ by a few answers, less than chance. This counts the float
 network's, mmedge's and the fastest peer's right answers on as many samples as asked for, drawn like the training split
-by a seed nothing was trained or calibrated with. It takes the models that ``run.py`` left in its cache, and only tasks
-that draw their scenes: others have no such samples.
+by a seed nothing was trained or calibrated with. Which peer is the fastest it takes from ``run.py``'s result files, and
+the peer's model from its cache, or it makes it there; mmedge's are made anew. Only for tasks that draw their scenes:
+others have no such samples.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "plugin"))
 
+from ground import NOTE, Ground, prepare  # noqa: E402
 from measure import FP32, MMEDGE, Row  # noqa: E402
+from ours import compress  # noqa: E402
+from ours import recipes as own_recipes  # noqa: E402
+from peers import PEERS, RUNTIMES, Runtime, convert  # noqa: E402
 from table import fastest  # noqa: E402
 
 from mmedge import plugins  # noqa: E402
@@ -30,7 +35,7 @@ from mmedge.pipeline.environment import cpu_name  # noqa: E402
 from mmedge.pipeline.folder import processors  # noqa: E402
 from mmedge.profile.accuracy import Outputs, run_split  # noqa: E402
 from mmedge.progress import Progress  # noqa: E402
-from mmedge.task import Batch, Split, Task, load_task  # noqa: E402
+from mmedge.task import Batch, Split, Task  # noqa: E402
 
 RESULTS = HERE.parent / "results"
 TASKS = ("scene_clip", "scene_vqa")
@@ -49,8 +54,8 @@ def main() -> int:
     options = parser.parse_args()
     for name in options.task or TASKS:
         found = json.loads((options.results / f"peers-{name}.json").read_text(encoding="utf-8"))
-        folder = options.cache / "work" / f"{name}-{found['task']['calibration_samples']}"
-        task = more(load_task(name, plugins.loaders("task")), options.samples)
+        ground = prepare(name, found["task"]["calibration_samples"], options.cache.resolve() / "work")
+        task = more(ground.task, options.samples)
         facts: dict[str, Any] = {
             "command": shlex.join(["python", "benchmarks/peers/drops.py", *sys.argv[1:]]),
             "cpu": cpu_name(),
@@ -59,8 +64,9 @@ def main() -> int:
             "rows": [],
         }
         path = options.results / f"drops-{name}.json"
-        for runtime in ("onnxruntime", "openvino"):
-            facts["rows"] += counted(found, runtime, folder, task)
+        for runtime in RUNTIMES:
+            if peer := fastest([row for row in found["rows"] if row["runtime"] == runtime], "1", found["max_drop"]):
+                facts["rows"] += counted(models(peer, runtime, ground, options.cache.resolve()), task)
             path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             print(f"wrote {path}, {runtime} in it", flush=True)
     return 0
@@ -83,31 +89,42 @@ def more(task: Task, samples: int) -> Task:
     return replace(task, batches=batches)
 
 
-def counted(found: dict[str, Any], runtime: str, folder: Path, task: Task) -> list[dict[str, Any]]:
-    """The float network's row, the fastest peer's, ours."""
-    peer = fastest([row for row in found["rows"] if row["runtime"] == runtime], "1", found["max_drop"])
-    if peer is None:
-        return []
+def models(peer: dict[str, Any], runtime: Runtime, ground: Ground, cache: Path) -> list[Row]:
+    """The float network's row, the fastest peer's, ours; what the cache lacks is converted."""
     variant = peer["variant"]
     if variant == "best-of-sweep":
         variant = f"grid-{peer['conversion']['note'].rsplit(': ', 1)[1]}"
-    ours = folder / f"{MMEDGE}-{runtime}"
-    (result,) = json.loads((ours / "report.json").read_text(encoding="utf-8"))["stages"][-1]["results"]
-    rows = [
-        Row(runtime, FP32, folder=folder),  # type: ignore[arg-type]
-        Row(runtime, peer["tool"], variant, folder / f"{peer['tool']}-{variant}"),  # type: ignore[arg-type]
-        Row(runtime, MMEDGE, folder=ours / result["artifact"]),  # type: ignore[arg-type]
+    (tool,) = (each for each in PEERS if each.name == peer["tool"])
+    theirs, ours = ground.folder / f"{tool.name}-{variant}", ground.folder / f"{MMEDGE}-{runtime}"
+    convert(tool, variant, ground.folder, cache, theirs, memory_gib=16)
+    (recipe,) = (each for each in own_recipes() if each.stem == MMEDGE)
+    samples = json.loads((ground.folder / NOTE).read_text(encoding="utf-8"))["samples"]
+    engine, _ = compress(recipe, runtime, ground, samples, ours)
+    return [
+        Row(runtime, FP32, folder=ground.folder),
+        Row(runtime, tool.name, variant, theirs),
+        Row(runtime, MMEDGE, folder=engine),
     ]
+
+
+def counted(rows: list[Row], task: Task) -> list[dict[str, Any]]:
+    """The value of every model, and what it loses against the float network, the first, and against the peer."""
     scores = {row.id: parts(answers(row, task), task) for row in rows}
+    exact, peer = (scores[row.id] for row in rows[:2])
     made = []
     for row in rows:
-        lost = scores[FP32] - scores[row.id]
-        line = {"runtime": runtime, "model": row.id, "value": float(scores[row.id].mean()), "drop": float(lost.mean())}
-        # Both networks answered the same samples: the interval is of the paired difference.
-        line["drop_ci95_half"] = float(1.96 * lost.std(ddof=1) / np.sqrt(len(lost)))
+        line = {"runtime": row.runtime, "model": row.id, "value": float(scores[row.id].mean())}
+        line |= paired("drop", exact - scores[row.id])
+        if row.tool == MMEDGE:
+            line |= paired("drop_more_than_peer", peer - scores[row.id])
         made.append(line)
-        print(f"{runtime} {row.id}: {line['value']:.4%}, drop {line['drop']:.4%} ± {line['drop_ci95_half']:.4%}")
+        print(json.dumps(line), flush=True)
     return made
+
+
+def paired(name: str, lost: np.ndarray) -> dict[str, float]:
+    """The mean of what is lost and half its interval: both networks answered the same samples."""
+    return {name: float(lost.mean()), f"{name}_ci95_half": float(1.96 * lost.std(ddof=1) / np.sqrt(len(lost)))}
 
 
 def answers(row: Row, task: Task) -> Outputs:
