@@ -83,7 +83,7 @@ def test_the_cpu_stays_as_it_was(tmp_path: Path) -> None:
     assert target.options() == {}
     assert target.forms() == [target]
     assert target.describe(tmp_path / "no file", {}) == {}
-    wanted = Lowering(unsigned_activations="all", quantized_outputs=True, int32_bias=True, microsoft_operators=True)
+    wanted = Lowering(unsigned_activations="all", quantized_outputs="all", int32_bias=True, microsoft_operators=True)
     assert target.lowering == OnnxRuntime("cpu").lowering == wanted
     (tmp_path / "engine").mkdir()
     build = target.build(saved(tmp_path), tmp_path / "engine")

@@ -114,7 +114,7 @@ def test_int8_transformer_gives_what_pytorch_gives_on_every_runtime(task, quanti
 
 def test_openvino_gets_no_pair_that_nothing_int8_reads(quantized, tmp_path) -> None:
     _, portable = quantized
-    with_pair, without = Lowering(quantized_outputs=True), Lowering()
+    with_pair, without = Lowering(quantized_outputs="all"), Lowering()
     shape_for(portable, with_pair, tmp_path / "with.onnx")
     shape_for(portable, without, tmp_path / "without.onnx")
     count = lambda name: len(list(nodes(ir.load(tmp_path / name), "QuantizeLinear")))  # noqa: E731

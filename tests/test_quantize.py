@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +21,7 @@ from mmedge.stages.base import Network, Saved, as_tensors, outputs_of
 from mmedge.stages.quantize import Quantize
 from mmedge.targets.base import Lowering
 from mmedge.targets.onnxruntime import OnnxRuntime
+from mmedge.targets.openvino import OpenVino
 from mmedge.task import Batch, Metric, Task, accuracy
 from mmedge.tensors import TensorSpec
 
@@ -136,9 +138,31 @@ def test_tensorrt_form_is_symmetric_int8_with_unquantized_convolutions_into_sums
         assert zero is not None
         assert zero.dtype == np.int8
         assert not zero.any()
-    (residual,) = [node for node in nodes(model, "Add") if any(producer(v, "Conv") for v in node.inputs)]
+    (residual,) = residual_sums(model)
     assert [activation_pair(value) is None for value in residual.inputs].count(True) == 1
     assert not nodes_of(model, "Transpose") & {"weight"}
+
+
+def test_openvino_sums_inside_of_the_convolution_where_both_branches_are_quantized(quantized, tmp_path) -> None:
+    builds = []
+    for outputs, both in (("sums", True), (None, False)):
+        model = lowered(quantized, tmp_path, replace(OpenVino.lowering, quantized_outputs=outputs))
+        (residual,) = residual_sums(model)
+        assert all(activation_pair(value) is not None for value in residual.inputs) == both
+        (engine := tmp_path / str(outputs)).mkdir()
+        builds.append(OpenVino().build(tmp_path / "model.onnx", engine))
+    fused, apart = builds
+    for build in builds:
+        assert build.coverage is not None
+        assert {name.partition("/")[0] for name in build.coverage.int8} == {"stem", "conv", "depthwise", "mix", "head"}
+        assert build.coverage.other == {"up/ConvTranspose": "runs as f32 Deconvolution"}
+    assert sum(apart.facts["kernels"].values()) == sum(fused.facts["kernels"].values()) + 1
+
+
+def residual_sums(model: ir.Model) -> list[ir.Node]:
+    """Sums of a convolution, which may be quantized, and something else."""
+    inputs = lambda node: [pair[0].inputs[0] if (pair := activation_pair(v)) else v for v in node.inputs]  # noqa: E731
+    return [node for node in nodes(model, "Add") if any(producer(value, "Conv") for value in inputs(node))]
 
 
 def nodes_of(model: ir.Model, kind: str) -> set[str]:
@@ -147,7 +171,7 @@ def nodes_of(model: ir.Model, kind: str) -> set[str]:
 
 
 def test_cpu_form_has_unsigned_activations_with_zero_at_the_bottom_after_relu(quantized, tmp_path) -> None:
-    model = lowered(quantized, tmp_path, Lowering(unsigned_activations="all", quantized_outputs=True, int32_bias=True))
+    model = lowered(quantized, tmp_path, Lowering(unsigned_activations="all", quantized_outputs="all", int32_bias=True))
     points: Counter[int] = Counter()
     for node in nodes(model, "QuantizeLinear"):
         zero = constant(node.inputs[2])
@@ -166,7 +190,7 @@ def test_cpu_form_has_unsigned_activations_with_zero_at_the_bottom_after_relu(qu
 
 @pytest.mark.parametrize(
     "lowering",
-    [Lowering(), Lowering(unsigned_activations="all"), OnnxRuntime.lowering],
+    [Lowering(), OpenVino.lowering, OnnxRuntime.lowering],
     ids=["tensorrt", "openvino", "onnxruntime"],
 )
 def test_every_form_computes_what_pytorch_computes(quantized, tmp_path, lowering: Lowering) -> None:

@@ -249,7 +249,8 @@ def _is_int8_convolution(value: ir.Value | None) -> bool:
 def keep_sums_unquantized(model: ir.Model) -> None:
     """Take the pair between a convolution and a residual sum away; the other branch keeps its own.
 
-    TensorRT fuses the sum into the convolution when only the skip connection is quantized.
+    TensorRT fuses the sum into the convolution when only the skip connection is quantized, OpenVINO 2026.4 when
+    both branches are.
     """
     for add in nodes(model, "Add"):
         pairs = [activation_pair(value) for value in add.inputs]

@@ -17,7 +17,7 @@ from mmedge.tensors import Array
 
 INLINE_LIMIT = 1_500_000_000  # bytes; a protobuf message ends at 2 GiB
 LARGE_TENSOR = 1 << 16  # bytes; smaller ones, all scales among them, stay in the graph
-VERSION = 6  # raise it when a pass changes: cached engines expire
+VERSION = 7  # raise it when a pass changes: cached engines expire
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def shape_for(
     else:
         attention.in_floating_point(graph)
     passes.fold_weight_transposes(graph)
-    if not lowering.quantized_outputs:
+    if lowering.quantized_outputs is None:
         passes.keep_sums_unquantized(graph)
-    passes.drop_idle_pairs(graph, keep_convolutions=lowering.quantized_outputs)
+    passes.drop_idle_pairs(graph, keep_convolutions=lowering.quantized_outputs == "all")
     if lowering.int32_bias:
         passes.int32_bias_of_gemm(graph)
     if lowering.unsigned_activations:

@@ -29,8 +29,8 @@ class Lowering:
         integer_attention: run the products of attention (scores, and weights with values) in INT8 too.
         transposed_keys: hand attention its keys transposed, as a plain product needs them, rather than as they lie.
         merged_projections: make queries, keys and values of an attention in INT8 by one product.
-        quantized_outputs: quantize what INT8 convolutions give, and both branches of a residual sum, not only the skip
-            connection.
+        quantized_outputs: quantize what INT8 convolutions give: all of it, or what goes into residual sums, whose skip
+            connections are quantized anyway.
         int32_bias: give quantized Gemm an int32 bias behind its own DequantizeLinear.
         microsoft_operators: use ONNX Runtime's own operators where they save a pass over memory.
         float_type: what is not INT8 is computed in float32, or in float16 with float32 islands for norms.
@@ -42,7 +42,7 @@ class Lowering:
     integer_attention: bool = False
     transposed_keys: bool = True
     merged_projections: bool = False
-    quantized_outputs: bool = False
+    quantized_outputs: Literal["all", "sums"] | None = None
     int32_bias: bool = False
     microsoft_operators: bool = False
     float_type: Literal["float32", "float16"] = "float32"

@@ -104,7 +104,7 @@ class OnnxRuntime(Target):
     """
 
     name = "onnxruntime"
-    lowering = Lowering(unsigned_activations="all", quantized_outputs=True, int32_bias=True, microsoft_operators=True)
+    lowering = Lowering(unsigned_activations="all", quantized_outputs="all", int32_bias=True, microsoft_operators=True)
 
     def __init__(self, provider: Provider = "cpu", half: bool = False) -> None:
         self.provider, self.half = provider, half

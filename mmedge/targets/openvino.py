@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -40,13 +40,14 @@ class OpenVino(Target):
     """OpenVINO's CPU plugin: x86 and ARM."""
 
     name = "openvino"
-    version = 2
+    version = 3
     lowering = Lowering(
         unsigned_activations="convolutions",
         weight_zero_points=False,
         integer_attention=True,
         transposed_keys=False,
         merged_projections=True,
+        quantized_outputs="sums",
     )
 
     def __init__(self, precision: Literal["f32", "bf16"] = "f32") -> None:
@@ -187,8 +188,22 @@ def _coverage(nodes: Sequence[Any], read: Mapping[str, Any]) -> Coverage:
                     int8.append(name)
                 else:
                     other[name] = "runs as f32 Subgraph"
-    apart = {name: why for layer, why in other.items() for name in layer.split(MERGED)}
-    return Coverage(tuple(name for layer in int8 for name in layer.split(MERGED)), apart)
+    names = _lost_names(int8, other, read)
+    apart = {name: why for layer, why in other.items() for name in names.get(layer, layer).split(MERGED)}
+    return Coverage(tuple(name for layer in int8 for name in names.get(layer, layer).split(MERGED)), apart)
+
+
+def _lost_names(int8: Sequence[str], other: Collection[str], read: Mapping[str, Any]) -> dict[str, str]:
+    """What layers are called whose names the execution graph has lost, as before some residual sums.
+
+    They are the ones that nothing else is called; which of them is which only matters if one alone is in INT8.
+    """
+    layers = [_plain(_onnx_name(node)) for node in read.values() if _is_weighted(node)]
+    found = [*int8, *other]
+    lost = [name for name in found if name not in layers]
+    missing = [name for name in layers if name not in found]
+    alike = {*lost} <= {*int8} or {*lost} <= {*other}
+    return dict(zip(lost, missing, strict=True)) if alike and len(lost) == len(missing) else {}
 
 
 def _fused_layers(node: Any, read: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
@@ -198,12 +213,14 @@ def _fused_layers(node: Any, read: Mapping[str, Any]) -> Iterator[tuple[str, boo
     """
     names = _about(node, "originalLayersNames").split(",")
     for name in names:
-        if name in read and read[name].get_type_name() in _READ_AS and _has_weight(read[name]):
+        if name in read and _is_weighted(read[name]):
             yield _plain(name), f"{name}/DequantizationMultiply" in names
 
 
-def _has_weight(node: Any) -> bool:
-    """Whether all that the second input of a node in the graph as it was read is made from is constant."""
+def _is_weighted(node: Any) -> bool:
+    """Whether a node in the graph as it was read is a layer whose second input is made from constants alone."""
+    if node.get_type_name() not in _READ_AS:
+        return False
     behind = {(first := node.input_value(1).get_node()).friendly_name: first}
     for name in (queue := list(behind)):  # grows while it is walked
         if behind[name].get_type_name() == "Parameter":
@@ -225,10 +242,18 @@ def _layer(node: Any, read: Mapping[str, Any]) -> str:
     queue = [each for each in (f"{name}/WithoutBiases", name) if each in read][:1]
     for origin in queue:  # grows while it is walked, breadth first
         if read[origin].get_type_name() in _READ_AS:
-            return _plain(origin)
+            return _plain(_onnx_name(read[origin]))
         sources = [port.get_source_output().get_node().friendly_name for port in read[origin].inputs()]
         queue += [source for source in sources if source not in queue]
     return name
+
+
+def _onnx_name(layer: Any) -> str:
+    """The name of a layer; where OpenVINO gives it to the sum with a bias, it numbers the layer itself."""
+    name = str(layer.friendly_name)
+    readers = [port.get_node() for port in layer.output(0).get_target_inputs()]
+    numbered = name.startswith(f"{layer.get_type_name()}_")
+    return str(readers[0].friendly_name) if numbered and len(readers) == 1 else name
 
 
 def _plain(name: str) -> str:
