@@ -3,8 +3,8 @@
 On 4,000 test samples the losses of good INT8 networks differ by a few answers, less than chance. This counts the float
 network's, mmedge's and the fastest peer's right answers on as many samples as asked for, drawn like the training split
 by a seed nothing was trained or calibrated with. Which peer is the fastest it takes from ``run.py``'s result files, and
-the peer's model from its cache, or it makes it there; mmedge's are made anew. Only for tasks that draw their scenes:
-others have no such samples.
+the peer's model from its cache, or it makes it there; mmedge's are made anew. The result file keeps what it has of
+other runtimes. Only for tasks that draw their scenes: others have no such samples.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "plugin"))
 
+from again import setting  # noqa: E402
 from ground import NOTE, Ground, prepare  # noqa: E402
 from measure import FP32, MMEDGE, Row  # noqa: E402
 from ours import compress  # noqa: E402
@@ -46,6 +47,7 @@ PART = 100  # samples scored together: scene_clip's galleries
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", action="append", choices=TASKS)
+    parser.add_argument("--runtime", action="append", choices=RUNTIMES)
     parser.add_argument("--samples", type=int, default=64_000)
     parser.add_argument("--cache", type=Path, default=HERE.parent.parent / ".peers", help="of run.py")
     parser.add_argument(
@@ -56,17 +58,15 @@ def main() -> int:
         found = json.loads((options.results / f"peers-{name}.json").read_text(encoding="utf-8"))
         ground = prepare(name, found["task"]["calibration_samples"], options.cache.resolve() / "work")
         task = more(ground.task, options.samples)
-        facts: dict[str, Any] = {
-            "command": shlex.join(["python", "benchmarks/peers/drops.py", *sys.argv[1:]]),
-            "cpu": cpu_name(),
-            "task": name,
-            "samples": options.samples,
-            "rows": [],
-        }
         path = options.results / f"drops-{name}.json"
-        for runtime in RUNTIMES:
-            if peer := fastest([row for row in found["rows"] if row["runtime"] == runtime], "1", found["max_drop"]):
-                facts["rows"] += counted(models(peer, runtime, ground, options.cache.resolve()), task)
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        command = shlex.join(["python", "benchmarks/peers/drops.py", *sys.argv[1:]])
+        for runtime in options.runtime or RUNTIMES:
+            peer = fastest([row for row in found["rows"] if row["runtime"] == runtime], "1", found["max_drop"])
+            if peer is None:
+                continue
+            rows = counted(models(peer, runtime, ground, options.cache.resolve()), task)
+            facts[runtime] = {"command": command, "cpu": cpu_name(), "samples": options.samples, "rows": rows}
             path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             print(f"wrote {path}, {runtime} in it", flush=True)
     return 0
@@ -91,9 +91,7 @@ def more(task: Task, samples: int) -> Task:
 
 def models(peer: dict[str, Any], runtime: Runtime, ground: Ground, cache: Path) -> list[Row]:
     """The float network's row, the fastest peer's, ours; what the cache lacks is converted."""
-    variant = peer["variant"]
-    if variant == "best-of-sweep":
-        variant = f"grid-{peer['conversion']['note'].rsplit(': ', 1)[1]}"
+    variant = setting(peer)
     (tool,) = (each for each in PEERS if each.name == peer["tool"])
     theirs, ours = ground.folder / f"{tool.name}-{variant}", ground.folder / f"{MMEDGE}-{runtime}"
     convert(tool, variant, ground.folder, cache, theirs, memory_gib=16)
@@ -113,7 +111,7 @@ def counted(rows: list[Row], task: Task) -> list[dict[str, Any]]:
     exact, peer = (scores[row.id] for row in rows[:2])
     made = []
     for row in rows:
-        line = {"runtime": row.runtime, "model": row.id, "value": float(scores[row.id].mean())}
+        line = {"model": row.id, "value": float(scores[row.id].mean())}
         line |= paired("drop", exact - scores[row.id])
         if row.tool == MMEDGE:
             line |= paired("drop_more_than_peer", peer - scores[row.id])

@@ -144,7 +144,7 @@ class Bench:
         able = [row for row in rows if row.error is None]
         for first in range(0, len(able), TOGETHER):
             group = able[first : first + TOGETHER]
-            series = self._series([float_row, *group], 1, timing, 0)
+            series = self.series([float_row, *group], 1, timing, 0)
             for row in group:
                 row.found["ratio"] = float(np.median(series[row.id]) / np.median(series[float_row.id]))
         sign = 1 if self.ground.task.metric.higher_is_better else -1
@@ -161,7 +161,7 @@ class Bench:
         able = [row for row in rows if row.error is None]
         while True:
             try:
-                return able, [self._series(able, threads, timing, seed) for seed in range(timing.processes)]
+                return able, [self.series(able, threads, timing, seed) for seed in range(timing.processes)]
             except MmedgeError as err:
                 where = err.where or ""
                 named = [row for row in able if row.id in where or str(row.folder) in where]
@@ -171,7 +171,8 @@ class Bench:
                 culprit.error = f"timing: {err.problem}"[:300]
                 able.remove(culprit)
 
-    def _series(self, rows: Sequence[Row], threads: int, timing: Timing, seed: int) -> dict[str, Any]:
+    def series(self, rows: Sequence[Row], threads: int, timing: Timing, seed: int) -> dict[str, Any]:
+        """What one process takes for each row's queries, in nanoseconds."""
         engines = [row.engine for row in rows]
         return interleaved(
             engines,
