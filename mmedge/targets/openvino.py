@@ -171,6 +171,7 @@ def _coverage(nodes: Sequence[Any], read: Mapping[str, Any]) -> Coverage:
     constant: set[str] = set()
     int8: list[str] = []
     other: dict[str, str] = {}
+    layers = _weighted(read)
     for node in nodes:  # in topological order
         operands = [port.get_source_output().get_node().friendly_name in constant for port in node.inputs()]
         kind = _about(node, "layerType")
@@ -183,22 +184,21 @@ def _coverage(nodes: Sequence[Any], read: Mapping[str, Any]) -> Coverage:
             else:
                 other[_layer(node, read)] = f"runs as {precision} {kind}"
         elif kind == "Subgraph":
-            for name, dequantized in _fused_layers(node, read):
+            for name, dequantized in _fused_layers(node, layers):
                 if dequantized:
                     int8.append(name)
                 else:
                     other[name] = "runs as f32 Subgraph"
-    names = _lost_names(int8, other, read)
+    names = _lost_names(int8, other, layers.values())
     apart = {name: why for layer, why in other.items() for name in names.get(layer, layer).split(MERGED)}
     return Coverage(tuple(name for layer in int8 for name in names.get(layer, layer).split(MERGED)), apart)
 
 
-def _lost_names(int8: Sequence[str], other: Collection[str], read: Mapping[str, Any]) -> dict[str, str]:
+def _lost_names(int8: Sequence[str], other: Collection[str], layers: Collection[str]) -> dict[str, str]:
     """What layers are called whose names the execution graph has lost, as before some residual sums.
 
     They are the ones that nothing else is called; which of them is which only matters if one alone is in INT8.
     """
-    layers = [_plain(_onnx_name(node)) for node in read.values() if _is_weighted(node)]
     found = [*int8, *other]
     lost = [name for name in found if name not in layers]
     missing = [name for name in layers if name not in found]
@@ -206,30 +206,28 @@ def _lost_names(int8: Sequence[str], other: Collection[str], read: Mapping[str, 
     return dict(zip(lost, missing, strict=True)) if alike and len(lost) == len(missing) else {}
 
 
-def _fused_layers(node: Any, read: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+def _fused_layers(node: Any, layers: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
     """Weighted layers that OpenVINO compiled into one kernel with others, and whether their result is dequantized.
 
     It makes such kernels of small matrix products behind one another. The precision it gives is that of the whole.
     """
     names = _about(node, "originalLayersNames").split(",")
     for name in names:
-        if name in read and _is_weighted(read[name]):
-            yield _plain(name), f"{name}/DequantizationMultiply" in names
+        if name in layers:
+            yield layers[name], f"{name}/DequantizationMultiply" in names
 
 
-def _is_weighted(node: Any) -> bool:
-    """Whether a node in the graph as it was read is a layer whose second input is made from constants alone."""
-    if node.get_type_name() not in _READ_AS:
-        return False
-    behind = {(first := node.input_value(1).get_node()).friendly_name: first}
-    for name in (queue := list(behind)):  # grows while it is walked
-        if behind[name].get_type_name() == "Parameter":
-            return False
-        sources = [port.get_source_output().get_node() for port in behind[name].inputs()]
-        fresh = {each.friendly_name: each for each in sources if each.friendly_name not in behind}
-        behind |= fresh
-        queue += fresh
-    return True
+def _weighted(read: Mapping[str, Any]) -> dict[str, str]:
+    """The layers of the graph as it was read whose second input is made from constants, and what ONNX calls them."""
+    constant: set[str] = set()
+    layers = {}
+    for name, node in read.items():  # in topological order
+        operands = [port.get_source_output().get_node().friendly_name in constant for port in node.inputs()]
+        if node.get_type_name() == "Constant" or (operands and all(operands)):
+            constant.add(name)
+        elif node.get_type_name() in _READ_AS and operands[1]:
+            layers[name] = _plain(_onnx_name(node))
+    return layers
 
 
 def _layer(node: Any, read: Mapping[str, Any]) -> str:
