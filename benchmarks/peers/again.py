@@ -25,8 +25,9 @@ sys.path.insert(0, str(HERE / "plugin"))
 
 from ground import Ground, prepare  # noqa: E402
 from measure import MMEDGE, Bench, Row, Timing  # noqa: E402
+from ours import shipped  # noqa: E402
 from peers import RUNTIMES, Runtime  # noqa: E402
-from table import OURS, able  # noqa: E402
+from table import able, setting  # noqa: E402
 
 from mmedge.pipeline.environment import cpu_name  # noqa: E402
 from mmedge.progress import Progress  # noqa: E402
@@ -63,8 +64,7 @@ def main() -> int:
 def ours(runtime: Runtime, ground: Ground) -> Row:
     """mmedge's engine, as the last run left it in the cache."""
     folder = ground.folder / f"{MMEDGE}-{runtime}"
-    (result,) = json.loads((folder / "report.json").read_text(encoding="utf-8"))["stages"][-1]["results"]
-    return Row(runtime, MMEDGE, folder=folder / result["artifact"])
+    return Row(runtime, MMEDGE, folder=folder / shipped(folder)["artifact"])
 
 
 def close(found: dict[str, Any], runtime: Runtime, threads: str, ground: Ground) -> list[Row]:
@@ -73,13 +73,6 @@ def close(found: dict[str, Any], runtime: Runtime, threads: str, ground: Ground)
     limit = CLOSE * min(row["latency_ms"][threads]["p50"] for row in peers)
     near = [row for row in peers if row["latency_ms"][threads]["p50"] <= limit]
     return [Row(runtime, row["tool"], row["variant"], ground.folder / f"{row['tool']}-{setting(row)}") for row in near]
-
-
-def setting(row: dict[str, Any]) -> str:
-    """What a peer's row is called in the cache: the best of a sweep is one of its grid."""
-    if row["variant"] == "best-of-sweep":
-        return f"grid-{row['conversion']['note'].rsplit(': ', 1)[1]}"
-    return str(row["variant"])
 
 
 @contextmanager
@@ -102,7 +95,7 @@ def timed(bench: Bench, rows: list[Row], threads: int, timing: Timing) -> list[d
     medians = {row.id: np.array([np.median(run[row.id]) / 1e6 for run in runs]) for row in rows}
     made = []
     for row in rows:
-        ratios = medians[row.id] / medians[OURS]
+        ratios = medians[row.id] / medians[MMEDGE]
         line = {"tool": row.tool, "variant": row.variant, "p50_ms": medians[row.id].round(4).tolist()}
         made.append(line | {"over_mmedge": {"median": float(np.median(ratios)), "all": ratios.round(4).tolist()}})
     return made

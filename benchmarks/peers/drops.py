@@ -23,13 +23,12 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "plugin"))
 
-from again import setting  # noqa: E402
 from ground import NOTE, Ground, prepare  # noqa: E402
 from measure import FP32, MMEDGE, Row  # noqa: E402
 from ours import compress  # noqa: E402
 from ours import recipes as own_recipes  # noqa: E402
 from peers import PEERS, RUNTIMES, Runtime, convert  # noqa: E402
-from table import fastest  # noqa: E402
+from table import fastest, setting  # noqa: E402
 
 from mmedge import plugins  # noqa: E402
 from mmedge.pipeline.environment import cpu_name  # noqa: E402

@@ -45,16 +45,20 @@ def compress(recipe: Path, runtime: Runtime, ground: Ground, samples: int, folde
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode not in (0, 3):
         raise PeerFailed(f"mmedge: {last_words(log.read_text().splitlines(), process.returncode)}")
-    report = json.loads((folder / "report.json").read_text())
-    (result,) = report["stages"][-1]["results"]
-    engine = folder / result["artifact"]
-    return engine, {
+    result = shipped(folder)
+    return folder / result["artifact"], {
         "seconds": _seconds(folder / "log.jsonl"),
         "peak_memory_mib": usage.ru_maxrss / 1024,
         "samples": samples,
         "versions": versions_of("torch", "torchao"),
         "precision": result["precision"],
     }
+
+
+def shipped(folder: Path) -> dict[str, Any]:
+    """What the report of a finished run for one target says of its last stage."""
+    (result,) = json.loads((folder / "report.json").read_text(encoding="utf-8"))["stages"][-1]["results"]
+    return dict(result)
 
 
 def _seconds(log: Path) -> float:

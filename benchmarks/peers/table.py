@@ -105,6 +105,13 @@ def able(rows: list[Row], max_drop: float) -> list[Row]:
     return [row for row in peers if row.get("latency_ms") and row["drop"] <= max_drop]
 
 
+def setting(row: Row) -> str:
+    """What a peer's row is called in the cache: the best of a sweep is one of its grid."""
+    if row["variant"] == "best-of-sweep":
+        return f"grid-{row['conversion']['note'].rsplit(': ', 1)[1]}"
+    return str(row["variant"])
+
+
 def headline(runtime: str, rows: list[Row], best: Row | None, threads: str, max_drop: float) -> str:
     """mmedge against the fastest peer; a blank where there is no such pair."""
     ours = next((row for row in rows if row["tool"] == OURS and row.get("latency_ms")), None)
