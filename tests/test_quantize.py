@@ -17,7 +17,8 @@ from mmedge.errors import StageError
 from mmedge.lower.export import onnx_of, write
 from mmedge.lower.passes import activation_pair, constant, nodes, producer, quantized_weight
 from mmedge.lower.shape import shape_for
-from mmedge.stages.base import Network, Saved, as_tensors, outputs_of
+from mmedge.progress import Progress
+from mmedge.stages.base import Context, Network, Saved, as_tensors, outputs_of
 from mmedge.stages.quantize import Quantize
 from mmedge.targets.base import Lowering
 from mmedge.targets.onnxruntime import OnnxRuntime
@@ -63,15 +64,15 @@ def random_task(model: nn.Module) -> Task:
 
 @pytest.fixture(scope="module")
 def quantized():
-    torch.manual_seed(0)
-    task = random_task(Residual())
-    from mmedge.progress import Progress
-    from mmedge.stages.base import Context
+    return quantize(Residual)
 
+
+def quantize(model: type[nn.Module]):
+    torch.manual_seed(0)
+    task = random_task(model())
     context = Context(task, task.model, 0, Progress(), lambda name, inputs, compute: compute())
     stage = Quantize(Quantize.Config(calibration={"samples": 32}))
-    saved = stage.run(Network(task.model), context)
-    return task, context, stage, saved
+    return task, context, stage, stage.run(Network(task.model), context)
 
 
 def test_every_weighted_layer_is_quantized_and_named_by_its_module(quantized) -> None:
@@ -143,10 +144,24 @@ def test_tensorrt_form_is_symmetric_int8_with_unquantized_convolutions_into_sums
     assert not nodes_of(model, "Transpose") & {"weight"}
 
 
-def test_openvino_sums_inside_of_the_convolution_where_both_branches_are_quantized(quantized, tmp_path) -> None:
-    builds = []
+class Block(nn.Module):
+    """A residual block whose last convolution does not read the skip connection itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.first, self.second = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, 4, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = F.relu(self.stem(image))
+        return self.last(F.relu(x + self.second(F.relu(self.first(x))))).mean((2, 3))
+
+
+def test_openvino_sums_inside_of_the_convolution_where_both_branches_are_quantized(tmp_path) -> None:
+    case, builds = quantize(Block), []
     for outputs, both in (("sums", True), (None, False)):
-        model = lowered(quantized, tmp_path, replace(OpenVino.lowering, quantized_outputs=outputs))
+        model = lowered(case, tmp_path, replace(OpenVino.lowering, quantized_outputs=outputs))
         (residual,) = residual_sums(model)
         assert all(activation_pair(value) is not None for value in residual.inputs) == both
         (engine := tmp_path / str(outputs)).mkdir()
@@ -154,9 +169,54 @@ def test_openvino_sums_inside_of_the_convolution_where_both_branches_are_quantiz
     fused, apart = builds
     for build in builds:
         assert build.coverage is not None
-        assert {name.partition("/")[0] for name in build.coverage.int8} == {"stem", "conv", "depthwise", "mix", "head"}
-        assert build.coverage.other == {"up/ConvTranspose": "runs as f32 Deconvolution"}
+        assert {name.partition("/")[0] for name in build.coverage.int8} == {"stem", "first", "second", "last"}
+        assert not build.coverage.other
     assert sum(apart.facts["kernels"].values()) == sum(fused.facts["kernels"].values()) + 1
+
+
+class Upsampling(nn.Module):
+    """Transposed convolutions: after a ReLU, after another activation, beside a convolution that reads the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.after_relu = nn.ConvTranspose2d(16, 16, 2, 2)
+        self.after_gelu = nn.ConvTranspose2d(16, 16, 4, 2, 1)
+        self.beside = nn.Conv2d(16, 16, 3, 2, 1)
+        self.down = nn.Conv2d(16, 16, 3, 2, 1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = F.gelu(self.after_relu(F.relu(self.stem(image))))
+        return self.head((self.beside(x).relu() + self.down(self.after_gelu(x)[..., ::2, ::2])).mean((2, 3)))
+
+
+def test_openvino_runs_transposed_convolutions_in_int8_whatever_is_before_them(tmp_path) -> None:
+    case = quantize(Upsampling)
+    model = lowered(case, tmp_path, OpenVino.lowering)
+    types = {}
+    for node in nodes(model, "ConvTranspose", "Conv"):
+        pair = activation_pair(node.inputs[0])
+        assert pair is not None
+        types[node.name.partition("/")[0]] = constant(pair[0].inputs[2]).dtype
+    assert types == {
+        "stem": np.uint8,
+        "after_relu": np.uint8,
+        "after_gelu": np.int8,
+        "beside": np.int8,
+        "down": np.uint8,
+    }
+    found = []
+    for target in (OpenVino(), OnnxRuntime()):
+        (engine := tmp_path / target.name).mkdir()
+        build = target.build(tmp_path / "model.onnx", engine)
+        if target.name == "openvino":
+            assert build.coverage is not None
+            assert not build.coverage.other
+            assert build.facts["kernels"]["Deconvolution u8"] == build.facts["kernels"]["Deconvolution i8"] == 1
+        with target.runner(engine, 1) as run:
+            found.append(run(case[0].example().inputs)["logits"])
+    assert np.abs(found[0] - found[1]).max() < 0.01 * np.abs(found[1]).max()
 
 
 def residual_sums(model: ir.Model) -> list[ir.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -262,7 +263,7 @@ def keep_sums_unquantized(model: ir.Model) -> None:
                 break
 
 
-def unsigned_activations(model: ir.Model, of_products: bool) -> None:
+def unsigned_activations(model: ir.Model, of: Literal["all", "convolutions"]) -> None:
     """Shift activations from int8 with zero point 0 to uint8: the same integers plus 128.
 
     After a ReLU nothing is negative, so there the zero point becomes 0: the integers stay, and the runtime can drop the
@@ -270,16 +271,18 @@ def unsigned_activations(model: ir.Model, of_products: bool) -> None:
 
     Args:
         model: a Q/DQ graph.
-        of_products: also those that only matrix products read.
+        of: ``all`` layers; or ``convolutions``, which leaves out what only matrix products read, and what would get the
+            zero point 128 and goes into a transposed convolution: OpenVINO 2026.4 runs that in INT8 only with 0.
     """
     zero_points: dict[tuple[int, bool], ir.Value] = {}
     for quantize in nodes(model, "QuantizeLinear"):
         zero = constant(quantize.inputs[2]) if len(quantize.inputs) > 2 else None
         if zero is None or zero.dtype != np.int8 or zero.any():
             continue
-        if not of_products and _only_products_read(quantize):
-            continue
         rectified = producer(quantize.inputs[0], "Relu") is not None
+        readers = {node.op_type for node in _readers(quantize)}
+        if of == "convolutions" and (readers <= PRODUCTS or (not rectified and "ConvTranspose" in readers)):
+            continue
         key = (zero.ndim, rectified)
         if key not in zero_points:
             array = np.full(zero.shape, 0 if rectified else 128, np.uint8)
@@ -290,15 +293,15 @@ def unsigned_activations(model: ir.Model, of_products: bool) -> None:
             use.node.replace_input_with(2, zero_points[key])
 
 
-def _only_products_read(quantize: ir.Node) -> bool:
+def _readers(quantize: ir.Node) -> Iterator[ir.Node]:
+    """What computes with the values of a QuantizeLinear, behind its DequantizeLinear and what only moves them."""
     readers = [use.node for use in quantize.outputs[0].uses()]
     while readers:
         node = readers.pop()
         if node.op_type in MOVING or node.op_type == "DequantizeLinear":
             readers += [use.node for use in node.outputs[0].uses()]
-        elif node.op_type not in PRODUCTS:
-            return False
-    return True
+        else:
+            yield node
 
 
 def drop_weight_zero_points(model: ir.Model) -> None:

@@ -17,7 +17,7 @@ from mmedge.tensors import Array
 
 INLINE_LIMIT = 1_500_000_000  # bytes; a protobuf message ends at 2 GiB
 LARGE_TENSOR = 1 << 16  # bytes; smaller ones, all scales among them, stay in the graph
-VERSION = 7  # raise it when a pass changes: cached engines expire
+VERSION = 8  # raise it when a pass changes: cached engines expire
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def shape_for(
     if lowering.int32_bias:
         passes.int32_bias_of_gemm(graph)
     if lowering.unsigned_activations:
-        passes.unsigned_activations(graph, of_products=lowering.unsigned_activations == "all")
+        passes.unsigned_activations(graph, lowering.unsigned_activations)
     if not lowering.weight_zero_points:
         passes.drop_weight_zero_points(graph)
     _around_attention(graph, lowering)
