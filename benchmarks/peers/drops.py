@@ -2,9 +2,10 @@
 
 On 4,000 test samples the losses of good INT8 networks differ by a few answers, less than chance. This counts the float
 network's, mmedge's and the fastest peer's right answers on as many samples as asked for, drawn like the training split
-by a seed nothing was trained or calibrated with. Which peer is the fastest it takes from ``run.py``'s result files, and
-the peer's model from its cache, or it makes it there; mmedge's are made anew. The result file keeps what it has of
-other runtimes. Only for tasks that draw their scenes: others have no such samples.
+by a seed nothing was trained or calibrated with, and takes the task's own loss function of all of them, which also
+tells apart what changes no answer. Which peer is the fastest it takes from ``run.py``'s result files, and the peer's
+model from its cache, or it makes it there; mmedge's are made anew. The result file keeps what it has of other runtimes.
+Only for tasks that draw their scenes: others have no such samples.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "plugin"))
@@ -35,6 +37,7 @@ from mmedge.pipeline.environment import cpu_name  # noqa: E402
 from mmedge.pipeline.folder import processors  # noqa: E402
 from mmedge.profile.accuracy import Outputs, run_split  # noqa: E402
 from mmedge.progress import Progress  # noqa: E402
+from mmedge.stages.base import as_tensors  # noqa: E402
 from mmedge.task import Batch, Split, Task  # noqa: E402
 
 RESULTS = HERE.parent / "results"
@@ -110,10 +113,12 @@ def counted(rows: list[Row], task: Task) -> list[dict[str, Any]]:
     exact, peer = (scores[row.id] for row in rows[:2])
     made = []
     for row in rows:
-        line = {"model": row.id, "value": float(scores[row.id].mean())}
-        line |= paired("drop", exact - scores[row.id])
+        (value, loss), line = scores[row.id].T, {"model": row.id}
+        line |= {"value": float(value.mean()), **paired("drop", exact[:, 0] - value)}
+        line |= {"loss": float(loss.mean()), **paired("rise_of_loss", loss - exact[:, 1])}
         if row.tool == MMEDGE:
-            line |= paired("drop_more_than_peer", peer - scores[row.id])
+            line |= paired("drop_more_than_peer", peer[:, 0] - value)
+            line |= paired("rise_of_loss_more_than_peer", loss - peer[:, 1])
         made.append(line)
         print(json.dumps(line), flush=True)
     return made
@@ -132,16 +137,14 @@ def answers(row: Row, task: Task) -> Outputs:
 
 
 def parts(found: Outputs, task: Task) -> np.ndarray:
-    """The metric of every hundred samples; their mean is the metric of all."""
-    firsts = range(0, len(found) - PART + 1, PART)
-    return np.array(
-        [
-            task.score(
-                {name: array[k : k + PART] for name, array in found.outputs.items()}, found.targets[k : k + PART]
-            )
-            for k in firsts
-        ]
-    )
+    """The metric and the loss of every hundred samples, ``(parts, 2)``; the metric's mean is the metric of all."""
+    rows = []
+    for k in range(0, len(found) - PART + 1, PART):
+        outputs = {name: array[k : k + PART] for name, array in found.outputs.items()}
+        targets = found.targets[k : k + PART]
+        loss = task.loss(as_tensors(outputs), torch.from_numpy(targets))
+        rows.append((task.score(outputs, targets), float(loss)))
+    return np.array(rows)
 
 
 if __name__ == "__main__":
