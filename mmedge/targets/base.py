@@ -24,7 +24,7 @@ class Lowering:
     Attributes:
         format: ``onnx``, or ``pt2`` for a torch.export archive.
         unsigned_activations: quantize activations to uint8 (zero point 128, or 0 after a ReLU) instead of int8: all, or
-            those of convolutions, transposed ones only after a ReLU.
+            only those that are not read by matrix products alone, and by transposed convolutions only after a ReLU.
         weight_zero_points: write the zero points of INT8 weights, which are 0, rather than leave them out.
         integer_attention: run the products of attention (scores, and weights with values) in INT8 too.
         transposed_keys: hand attention its keys transposed, as a plain product needs them, rather than as they lie.
