@@ -109,7 +109,11 @@ def _transpose_weight(model: ir.Model, dequantize: ir.Node, permutation: list[in
 
 
 def release(
-    model: ir.Model, layers: Collection[str], weights: Mapping[str, Array], biases: Mapping[str, Array]
+    model: ir.Model,
+    layers: Collection[str],
+    weights: Mapping[str, Array],
+    biases: Mapping[str, Array],
+    keep_convolutions: bool,
 ) -> None:
     """Take layers back to floating point: float weights and biases, and their input as it was before it was quantized.
 
@@ -118,13 +122,16 @@ def release(
         layers: module paths.
         weights: float weights by module path.
         biases: float biases by module path, where they differ from those of the graph.
+        keep_convolutions: read what an INT8 convolution gives as it was quantized. ONNX Runtime runs a convolution in
+            INT8 only if it is, so the layer before would go back as well.
     """
     for node in nodes(model, *WEIGHTED):
         layer = layer_of(node)
         dequantize = quantized_weight(_behind_transpose(node.inputs[1]))
         if layer not in layers or dequantize is None:
             continue
-        if pair := activation_pair(node.inputs[0]):
+        pair = activation_pair(node.inputs[0])
+        if pair and not (keep_convolutions and ends_int8_convolution(pair[0].inputs[0])):
             node.replace_input_with(0, pair[0].inputs[0])
         dequantize.outputs[0].replace_all_uses_with(add_constant(model, f"{layer}.float", weights[layer]))
         if layer in biases and (found := _bias_of(node, biases[layer].shape)):
@@ -279,7 +286,7 @@ def unsigned_activations(model: ir.Model, of: Literal["all", "convolutions"]) ->
         zero = constant(quantize.inputs[2]) if len(quantize.inputs) > 2 else None
         if zero is None or zero.dtype != np.int8 or zero.any():
             continue
-        rectified = producer(quantize.inputs[0], "Relu") is not None
+        rectified = _is_rectified(quantize.inputs[0])
         readers = {node.op_type for node in _readers(quantize)}
         if of == "convolutions" and (readers <= PRODUCTS or (not rectified and "ConvTranspose" in readers)):
             continue
@@ -291,6 +298,14 @@ def unsigned_activations(model: ir.Model, of: Literal["all", "convolutions"]) ->
         quantize.outputs[0].dtype = ir.DataType.UINT8
         for use in list(quantize.outputs[0].uses()):
             use.node.replace_input_with(2, zero_points[key])
+
+
+def _is_rectified(value: ir.Value | None) -> bool:
+    """Whether a ReLU makes ``value``, quantized and moved to other pixels since at most."""
+    if (moved := producer(value, "DepthToSpace")) is not None:
+        pair = activation_pair(moved.inputs[0])
+        value = pair[0].inputs[0] if pair else None
+    return producer(value, "Relu") is not None
 
 
 def _readers(quantize: ir.Node) -> Iterator[ir.Node]:

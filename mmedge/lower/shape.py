@@ -9,15 +9,17 @@ from pathlib import Path
 import onnx_ir as ir
 
 from mmedge.lower import attention, passes
+from mmedge.lower.guard import guard_float_layers
 from mmedge.lower.half import to_float16
 from mmedge.lower.onnxruntime_ops import integer_products
 from mmedge.lower.projections import merge_projections
+from mmedge.lower.subpixel import without_transposed
 from mmedge.targets.base import Lowering
 from mmedge.tensors import Array
 
 INLINE_LIMIT = 1_500_000_000  # bytes; a protobuf message ends at 2 GiB
 LARGE_TENSOR = 1 << 16  # bytes; smaller ones, all scales among them, stay in the graph
-VERSION = 8  # raise it when a pass changes: cached engines expire
+VERSION = 9  # raise it when a pass changes: cached engines expire
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,31 @@ def shape_for(
     """
     graph = ir.load(model)
     if release is not None:
-        passes.release(graph, release.layers, release.weights, release.biases)
+        kept = lowering.quantized_outputs == "all"
+        passes.release(graph, release.layers, release.weights, release.biases, keep_convolutions=kept)
         attention.in_floating_point(graph, release.layers)
     if lowering.integer_attention:
         attention.in_integers(graph)
     else:
         attention.in_floating_point(graph)
     passes.fold_weight_transposes(graph)
+    _integers(graph, lowering)
+    _around_attention(graph, lowering)
+    if lowering.guarded:
+        guard_float_layers(graph)
+    if lowering.microsoft_operators:
+        integer_products(graph)
+    passes.remove_unused(graph)
+    if lowering.float_type == "float16":
+        graph = to_float16(graph, islands)
+    save(graph, path)
+
+
+def _integers(graph: ir.Model, lowering: Lowering) -> None:
     if lowering.quantized_outputs is None:
         passes.keep_sums_unquantized(graph)
+    if not lowering.transposed_convolutions:
+        without_transposed(graph)
     passes.drop_idle_pairs(graph, keep_convolutions=lowering.quantized_outputs == "all")
     if lowering.int32_bias:
         passes.int32_bias_of_gemm(graph)
@@ -65,13 +83,6 @@ def shape_for(
         passes.unsigned_activations(graph, lowering.unsigned_activations)
     if not lowering.weight_zero_points:
         passes.drop_weight_zero_points(graph)
-    _around_attention(graph, lowering)
-    if lowering.microsoft_operators:
-        integer_products(graph)
-    passes.remove_unused(graph)
-    if lowering.float_type == "float16":
-        graph = to_float16(graph, islands)
-    save(graph, path)
 
 
 def _around_attention(graph: ir.Model, lowering: Lowering) -> None:

@@ -31,7 +31,9 @@ class Lowering:
         merged_projections: make queries, keys and values of an attention in INT8 by one product.
         quantized_outputs: quantize what INT8 convolutions give: all of it, or what goes into residual sums, whose skip
             connections are quantized anyway.
+        transposed_convolutions: leave INT8 transposed convolutions as they are, rather than make plain ones of them.
         int32_bias: give quantized Gemm an int32 bias behind its own DequantizeLinear.
+        guarded: keep layers with float weights between INT8 ones from being quantized by the runtime.
         microsoft_operators: use ONNX Runtime's own operators where they save a pass over memory.
         float_type: what is not INT8 is computed in float32, or in float16 with float32 islands for norms.
     """
@@ -43,7 +45,9 @@ class Lowering:
     transposed_keys: bool = True
     merged_projections: bool = False
     quantized_outputs: Literal["all", "sums"] | None = None
+    transposed_convolutions: bool = True
     int32_bias: bool = False
+    guarded: bool = False
     microsoft_operators: bool = False
     float_type: Literal["float32", "float16"] = "float32"
 

@@ -104,7 +104,14 @@ class OnnxRuntime(Target):
     """
 
     name = "onnxruntime"
-    lowering = Lowering(unsigned_activations="all", quantized_outputs="all", int32_bias=True, microsoft_operators=True)
+    lowering = Lowering(
+        unsigned_activations="all",
+        quantized_outputs="all",
+        transposed_convolutions=False,
+        int32_bias=True,
+        guarded=True,
+        microsoft_operators=True,
+    )
 
     def __init__(self, provider: Provider = "cpu", half: bool = False) -> None:
         self.provider, self.half = provider, half
@@ -241,6 +248,9 @@ class OnnxRuntime(Target):
             return ort.InferenceSession(str(model), options, providers=[name], **arguments)
         # The class would otherwise make the session again without the provider, at once or when a query fails.
         arguments["enable_fallback"] = 0
+        # It quantizes the weights of float layers between INT8 ones; ``mmedge.lower.guard`` says more. What helps there
+        # is no way here: TensorRT takes one scale alone for activations.
+        arguments["disabled_optimizers"] = ["WeightBiasQuantization", *arguments.get("disabled_optimizers", ())]
         doing = f"making a session of {name}"
         with reported(doing, str(model), _LIBRARIES[self.provider]):
             if self.provider == "nv-tensorrt-rtx":
