@@ -58,7 +58,10 @@ def _axes(node: ir.Node, weight: ir.Node) -> list[_Axis] | None:
     strides, pads, extra, dilations = (ints.get(name, default) for name, default in _DEFAULTS.items())
     fixed = "output_shape" in node.attributes or node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
     grouped = node.attributes.get_int("group", 1) != 1
-    if array.ndim != 4 or fixed or grouped or strides[0] != strides[1] or strides[0] < 2 or dilations != [1, 1]:
+    computed = len(node.inputs) > 2 and node.inputs[2] is not None and constant(node.inputs[2]) is None  # the bias
+    if array.ndim != 4 or fixed or grouped or computed:
+        return None
+    if strides[0] != strides[1] or strides[0] < 2 or dilations != [1, 1]:
         return None
     axes = [_axis(array.shape[2 + i], strides[i], (pads[i], pads[2 + i]), extra[i]) for i in range(2)]
     return [axis for axis in axes if axis is not None] if None not in axes else None
