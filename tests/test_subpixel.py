@@ -132,6 +132,19 @@ def test_where_it_cannot_be_weights_are_made_float_once_and_not_in_every_query(a
     assert np.abs(values - wanted).max() < 3 * SCALE  # neither its input nor its result is rounded
 
 
+def test_a_bias_that_is_computed_is_not_lost(tmp_path) -> None:
+    path = tmp_path / "portable.onnx"
+    write_graph(path, None, True, True, **form(2))
+    model = onnx.load(path)
+    model.graph.node.insert(0, helper.make_node("ReduceMean", ["x"], ["mean"], "mean", keepdims=0))
+    model.graph.node.insert(1, helper.make_node("Add", ["bias", "mean"], ["computed"], "computed"))
+    next(node for node in model.graph.node if node.op_type == "ConvTranspose").input[2] = "computed"
+    onnx.save(model, path)
+    values, int8, _ = lowered(tmp_path, 4)
+    assert int8 == ()
+    assert np.abs(values - as_written(path, 4)).max() < 3 * SCALE
+
+
 def test_without_a_quantizer_behind_it_stays_in_floating_point(tmp_path) -> None:
     write_graph(tmp_path / "portable.onnx", None, False, True, **form(2))
     _, int8, kernels = lowered(tmp_path, 4)

@@ -12,13 +12,16 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from mmedge.lower.passes import add_constant, constant, nodes, producer
+from mmedge.lower.passes import MOVING, add_constant, constant, nodes, producer
 
-MOVING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice")
+PASSED = (MOVING | {"MaxPool"}) - {"Concat"}  # by the DequantizeLinear, on its way to the layer
 
 
 def guard_float_layers(model: ir.Model) -> None:
-    """Give layers with float weights a DequantizeLinear of their own, with one scale per channel, all the same."""
+    """Give layers with float weights a DequantizeLinear of their own, with one scale per channel, all the same.
+
+    Where no size of their input is known before it runs, they stay as they are; the coverage says what became of them.
+    """
     found = [each for node in nodes(model, "Conv", "ConvTranspose", "Gemm") if (each := _source(node)) is not None]
     if found:
         ShapeInferencePass(strict_mode=False)(model)
@@ -38,7 +41,7 @@ def _source(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
     """The DequantizeLinear that a layer with float weights reads, moved at most, and what reads it on the way there."""
     if constant(node.inputs[1]) is None:
         return None
-    while (before := producer(node.inputs[0], *MOVING)) is not None:
+    while (before := producer(node.inputs[0], *PASSED)) is not None:
         node = before
     dequantize = producer(node.inputs[0], "DequantizeLinear")
     return (node, dequantize) if dequantize is not None else None
