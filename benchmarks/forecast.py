@@ -43,7 +43,6 @@ from mmedge.forecast.document import Figures
 from mmedge.forecast.layers import network_of
 from mmedge.pipeline.environment import cpu_name
 from mmedge.profile.latency import EngineRef, interleaved
-from mmedge.profile.statistics import Latency
 from mmedge.report.model import Report
 from mmedge.targets.devices import Device, Figure, find_device
 
@@ -120,7 +119,7 @@ def timed(run: Path) -> dict[str, Any]:
         inputs = {name: file[name] for name in file.files}
     rows = [(stage.name, result.artifact) for stage, result in Report.load(run).rows(TARGET)]
     engines = [EngineRef(name, TARGET, str(run / str(artifact))) for name, artifact in rows]
-    return dict(interleaved(engines, inputs, threads=1, queries=QUERIES))
+    return interleaved(engines, inputs, threads=1, queries=QUERIES)
 
 
 def measured_peaks() -> dict[str, float]:
@@ -212,7 +211,7 @@ def compared(run: Path, device: Device, series: dict[str, Any]) -> Iterator[dict
         found: dict[str, Any] = {"task": report.task.name, "stage": row.stage, "precision": row.precision}
         if earlier := recorded(report.task.name, row.stage):
             found["recorded"] = judged(row.figures, earlier)
-        found["timed_now"] = judged(row.figures, Latency.of(series[row.stage]).p50)
+        found["timed_now"] = judged(row.figures, series.latency(row.stage).p50)
         found["fastest_ms"] = round(series[row.stage].min() / 1e6, 4)
         yield {**found, "memory": memory}
 

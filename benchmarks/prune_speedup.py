@@ -33,7 +33,6 @@ from mmedge.lower.export import onnx_of, write
 from mmedge.lower.shape import shape_for
 from mmedge.pipeline.environment import cpu_name
 from mmedge.profile.latency import EngineRef, interleaved
-from mmedge.profile.statistics import Latency, Speedup
 from mmedge.stages.base import Network
 from mmedge.stages.prune import Prune
 from mmedge.targets.onnxruntime import OnnxRuntime
@@ -140,9 +139,9 @@ def measured(name: str, spread: str, queries: int) -> Iterator[dict[str, Any]]:
             edits.append(edit)
             engines.append(engine(task, network, Path(place), str(fraction)))
         series = interleaved(engines, task.example().inputs, queries=queries, budget_s=300)
-    original = Latency.of(series["original"])
+    original = series.latency("original")
     for fraction, edit, took in zip(FRACTIONS, edits, seconds, strict=True):
-        speedup = Speedup.of(series["original"], series[str(fraction)])
+        speedup = series.speedup(str(fraction), over="original")
         ratio = edit["before"]["macs"] / edit["after"]["macs"]
         yield {
             "model": name,
@@ -151,7 +150,7 @@ def measured(name: str, spread: str, queries: int) -> Iterator[dict[str, Any]]:
             "macs": [edit["before"]["macs"], edit["after"]["macs"]],
             "macs_ratio": round(ratio, 3),
             "original_ms": original.as_json(),
-            "latency_ms": Latency.of(series[str(fraction)]).as_json(),
+            "latency_ms": series.latency(str(fraction)).as_json(),
             "speedup": asdict(speedup),
             "of_macs_ratio": round(speedup.value / ratio, 3),
             "prune_s": took,

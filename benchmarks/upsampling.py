@@ -18,7 +18,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +26,6 @@ from mmedge.lower.export import onnx_of, write
 from mmedge.lower.shape import shape_for
 from mmedge.pipeline.environment import cpu_name
 from mmedge.profile.latency import EngineRef, interleaved
-from mmedge.profile.statistics import Latency, Speedup
 from mmedge.stages.base import Network
 from mmedge.stages.quantize import Quantize
 from mmedge.targets.base import Target
@@ -109,19 +107,15 @@ def measured(kernel: int, queries: int, processes: int) -> Iterator[dict[str, An
                 ref, share = engine(target, shaped, name)
                 engines.append(ref)
                 coverage[name] = share
-            runs = [
-                interleaved(engines, task.example().inputs, queries=queries, seed=seed) for seed in range(processes)
-            ]
-            series = {name: np.concatenate([run[name] for run in runs]) for name in forms}
-            per_process = {name: [round(Speedup.of(run[name], run["int8"]).value, 3) for run in runs] for name in forms}
+            settings = {"queries": queries * processes, "processes": processes, "budget_s": 60 * processes}
+            series = interleaved(engines, task.example().inputs, **settings)
             others = [name for name in forms if name != "int8"]
             yield {
                 "kernel": kernel,
                 "target": target.name,
                 "int8_coverage": coverage,
-                "latency_ms": {name: Latency.of(values).as_json() for name, values in series.items()},
-                "int8_speedup_over": {name: asdict(Speedup.of(series[name], series["int8"])) for name in others},
-                "per_process": {name: per_process[name] for name in others},
+                "latency_ms": {name: series.latency(name).as_json() for name in series},
+                "int8_speedup_over": {name: asdict(series.speedup("int8", over=name)) for name in others},
             }
 
 

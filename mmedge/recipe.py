@@ -27,6 +27,8 @@ class ProfileConfig(BaseModel):
     Attributes:
         threads: threads per engine on CPU targets.
         queries: timed queries per engine; p90 needs 64, p99 662 (MLPerf's early-stopping estimate).
+        processes: that share the queries, each with all engines opened anew, for an engine may be faster in one process
+            than in the next; of fewer than 64 queries each there are fewer processes.
         budget_s: timing of one target stops after this many seconds even if not all queries were made.
         health_samples: test samples for the accuracy with a modality missing or noisy.
         parity_samples: test samples on which engine and PyTorch are compared value by value.
@@ -36,9 +38,15 @@ class ProfileConfig(BaseModel):
 
     threads: int = Field(1, ge=1, le=256)
     queries: int = Field(700, ge=1)
+    processes: int = Field(3, ge=1, le=64)
     budget_s: float = Field(60.0, gt=0)
     health_samples: int = Field(512, ge=1)
     parity_samples: int = Field(64, ge=1)
+
+    @property
+    def timing(self) -> dict[str, Any]:
+        """What bears on latencies, as ``interleaved`` takes it."""
+        return self.model_dump(include={"threads", "queries", "processes", "budget_s"})
 
 
 class BatchConfig(BaseModel):
@@ -75,6 +83,7 @@ class TwinConfig(BaseModel):
         min_speedup: times faster than the twin.
         max_drop: accuracy lost against the float network before, in the metric's unit (0.003 is 0.3 points).
         queries: of the quick comparison; the report's figures come from the longer one.
+        processes: that share them.
         budget_s: seconds for one quick comparison.
     """
 
@@ -83,7 +92,13 @@ class TwinConfig(BaseModel):
     min_speedup: float = Field(1.02, ge=0)
     max_drop: float = Field(0.003, ge=0)
     queries: int = Field(200, ge=1)
+    processes: int = Field(3, ge=1, le=64)
     budget_s: float = Field(20.0, gt=0)
+
+    @property
+    def timing(self) -> dict[str, Any]:
+        """What bears on latencies but for the threads, as ``interleaved`` takes it."""
+        return self.model_dump(include={"queries", "processes", "budget_s"})
 
 
 def _one_name(entry: Any) -> Any:

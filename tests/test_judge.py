@@ -10,7 +10,7 @@ import pytest
 
 from mmedge.pipeline import judge as judging
 from mmedge.pipeline.judge import Judge
-from mmedge.profile.latency import EngineRef
+from mmedge.profile.latency import EngineRef, Series
 from mmedge.progress import Progress
 from mmedge.stages.base import Network, as_tensors, outputs_of
 from mmedge.stages.quantize import Quantize
@@ -33,10 +33,10 @@ class Stopped:
     def __init__(self, *runs: list[float]) -> None:
         self.runs, self.engines = list(runs), []  # type: ignore[var-annotated]
 
-    def __call__(self, refs: list[EngineRef], *_: Any, **__: Any) -> dict[str, Any]:
+    def __call__(self, refs: list[EngineRef], *_: Any, **__: Any) -> Series:
         self.engines.append([Path(ref.folder) for ref in refs])
         shown = self.runs.pop(0)
-        return {ref.id: np.full(64, int(ms * 1e6)) for ref, ms in zip(refs, shown, strict=True)}
+        return Series([{ref.id: np.full(64, int(ms * 1e6)) for ref, ms in zip(refs, shown, strict=True)}])
 
 
 def judge_of(task, monkeypatch: pytest.MonkeyPatch, *runs: list[float]) -> tuple[Judge, Stopped]:

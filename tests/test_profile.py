@@ -18,7 +18,7 @@ import pytest
 
 from mmedge.errors import TargetError, UsageError
 from mmedge.profile.accuracy import Accuracy, Outputs, modality_health, parity, run_split
-from mmedge.profile.latency import EngineRef, interleaved, peak_memory_mib
+from mmedge.profile.latency import EngineRef, Series, interleaved, peak_memory_mib
 from mmedge.profile.statistics import Latency, Speedup, minimum_queries, tail
 from mmedge.profile.worker import SETTLE, TURN, WARM_QUERIES, Spec, spent, write_arrays
 from mmedge.progress import Bar, Progress
@@ -96,7 +96,7 @@ def test_latency_json_is_the_contracts_object() -> None:
     series = as_ns(np.random.default_rng(4).gamma(9.0, 0.2, 700))
     latency = Latency.of(series)
     value = latency.as_json()
-    assert list(value) == ["p50", "p90", "p99", "mean", "queries", "ci95"]
+    assert list(value) == ["p50", "p90", "p99", "mean", "queries", "ci95", "p50_per_process"]
     assert value["p50"] == pytest.approx(np.median(series) / 1e6)
     assert value["mean"] == pytest.approx(series.mean() / 1e6)
     assert value["ci95"][0] < value["p50"] < value["ci95"][1]
@@ -122,6 +122,40 @@ def test_what_too_few_queries_cannot_tell_is_null_with_a_reason() -> None:
     assert few.reason
 
 
+def test_speedup_is_no_matter_of_luck_on_a_machine_that_changes_between_two_speeds() -> None:
+    rng = np.random.default_rng(6)
+    rounds, turn = 88, 8
+    ours, of_medians = [], []
+    for _ in range(40):
+        slower = 1 + np.cumsum(rng.random(2 * rounds) < 0.1) % 2  # by turns of both engines, for ten or so in a row
+        speeds = slower.reshape(rounds, 2).repeat(turn, axis=0).T
+        noise = 1 + rng.gamma(1.5, 0.02, (2, rounds * turn))
+        pair = as_ns(np.array([[2.0], [1.0]]) * speeds * noise)
+        found = Speedup.of(*pair, turn=turn)
+        low, high = found.ci95 or (0, 0)
+        assert low <= found.value <= high < 1.05 * low
+        ours.append(found.value)
+        of_medians.append(np.median(pair[0]) / np.median(pair[1]))
+    assert ours == pytest.approx([2.0] * 40, rel=0.03)
+    assert max(of_medians) > 1.3 * min(of_medians)  # what the same series would tell otherwise
+
+
+def test_interval_knows_that_the_next_process_may_be_another() -> None:
+    rng = np.random.default_rng(7)
+    noise = [1 + rng.gamma(1.5, 0.01, 690) for _ in range(2)]
+    luck = np.repeat([1.0, 1.5, 1.0], [300, 200, 190])  # in the second process our engine is slow
+    slow, fast = as_ns(2.0 * noise[0]), as_ns(luck * noise[1])
+    latency, speedup = Latency.of(fast, [300, 200, 190]), Speedup.of(slow, fast, [300, 200, 190], turn=8)
+    assert latency.p50_per_process == pytest.approx([1.01, 1.52, 1.01], rel=0.01)
+    assert latency.p50 == pytest.approx(1.02, rel=0.01)
+    assert speedup.per_process == pytest.approx([2.0, 1.33, 2.0], rel=0.01)
+    for (low, high), each in ((latency.ci95 or (0, 0), [1.015, 1.5]), (speedup.ci95 or (0, 0), [1.34, 1.99])):
+        assert low <= each[0]
+        assert each[1] <= high
+    alone = Speedup.of(slow, fast, turn=8).ci95 or (0, 0)  # taken for one process, it is sure of itself
+    assert alone[0] > 1.9
+
+
 def test_long_series_are_resampled_in_parts() -> None:
     series = as_ns(np.random.default_rng(5).gamma(9.0, 0.2, 9001))
     low, high = Latency.of(series).ci95 or (0, 0)
@@ -144,7 +178,7 @@ class Tiny:
         if does == "refuse":
             raise TargetError("this engine is not for here", fix="build it again")
         hoard = np.ones(64 << 17) if does == "hoard" else None  # 64 MiB
-        log = (folder / "log").open("w")
+        log = (folder / "log").open("a")
         log.write(f"{threads} {os.environ['OMP_NUM_THREADS']} {os.environ['ORT_DISABLE_TELEMETRY']}\\n")
         calls = 0
         def run(inputs):
@@ -229,6 +263,29 @@ def test_rounds_give_every_engine_the_same_samples_in_shuffled_order(
     assert len(set(map(tuple, order))) > 1
     assert (tmp_path / "engines/a/log").read_text() == "2 2 1\nclosed"
     assert not list(tmp_path.glob("mmedge-profile-*"))
+
+
+def test_processes_share_the_queries_and_open_engines_anew(tiny: Callable[..., EngineRef], tmp_path: Path) -> None:
+    engines, progress = [tiny("a"), tiny("b")], Recorder()
+    settings = {"warmup_s": 0.0, "progress": progress, "workdir": tmp_path}
+    times = interleaved(engines, SAMPLES, queries=200, processes=3, **settings)
+    assert times.processes == (67, 67, 66)
+    assert (progress.total, progress.done, len(times["a"])) == (200, 200, 200)
+    assert (tmp_path / "engines/a/log").read_text().count("closed") == 3
+    first, second = (np.split(times["a"], [67, 134])[number] for number in (0, 1))
+    assert times.latency("a").p50_per_process[:2] == (np.median(first) / 1e6, np.median(second) / 1e6)
+    assert times.speedup("a", over="a").value == 1.0
+    assert len(times.speedup("a", over="b").per_process) == 3
+    few = interleaved(engines, SAMPLES, queries=127, processes=3, warmup_s=0.0)
+    assert few.processes == (127,)  # two of 63 could not tell a p90
+
+
+def test_parts_of_a_query_are_the_medians_over_processes() -> None:
+    times = {"gpu": np.array([4, 5, 6]), "cpu": np.array([1, 2, 3])}
+    parts = [{"gpu": {"h2d": ms, "device": 10 * ms}} for ms in (0.1, 0.3, 0.2)]
+    series = Series([times] * 3, parts)
+    assert series.parts_ms("gpu") == {"h2d": 0.2, "device": 2.0}
+    assert series.parts_ms("cpu") is None
 
 
 def test_budget_ends_the_rounds_but_leaves_enough_for_a_p90() -> None:

@@ -61,6 +61,7 @@ def result(stage: str, target: str, slower: float = 1.0) -> dict[str, Any]:
             "mean": p50 * 1.02,
             "queries": 400,
             "ci95": [p50 * 0.97, p50 * 1.04],
+            "p50_per_process": [p50, p50 * 0.97, p50 * 1.04],
         },
         "speedup": {
             "vs_baseline": 1 / time,
@@ -184,7 +185,7 @@ def test_round_trip_keeps_the_contract_names(tmp_path: Path) -> None:
     names = "target precision artifact size_bytes accuracy latency_ms speedup peak_memory_mib energy_mj parity"
     assert set(names.split()) | {"int8_coverage"} <= set(row)
     assert {"value", "samples", "ci95", "drop"} <= set(row["accuracy"])
-    assert {"p50", "p90", "p99", "mean", "queries", "ci95"} == set(row["latency_ms"])
+    assert {"p50", "p90", "p99", "mean", "queries", "ci95", "p50_per_process"} == set(row["latency_ms"])
     assert {"vs_baseline", "vs_parent", "ci95"} == set(row["speedup"])
     assert {"max_abs", "cosine"} == set(row["parity"])
 
@@ -516,6 +517,7 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     for text in (
         "5.88×",
         "95 % CI 5.65–6.12",
+        "1 CPU thread, timed in 3 processes",
         "9.81",
         TOO_FEW,
         "not measured",

@@ -27,24 +27,27 @@ from ground import Ground, prepare  # noqa: E402
 from measure import MMEDGE, Bench, Row, Timing  # noqa: E402
 from ours import shipped  # noqa: E402
 from peers import RUNTIMES, Runtime  # noqa: E402
-from table import able, setting  # noqa: E402
+from table import able, setting, speedup  # noqa: E402
 
+from mmedge import plugins  # noqa: E402
 from mmedge.pipeline.environment import cpu_name  # noqa: E402
 from mmedge.progress import Progress  # noqa: E402
+from mmedge.task import load_task  # noqa: E402
 
 CLOSE = 1.25
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", required=True)
+    parser.add_argument("--task", required=True, help="NAME or FILE.py:FUNCTION, as run.py had it")
     parser.add_argument("--runtime", action="append", choices=RUNTIMES)
     parser.add_argument("--processes", type=int, default=16)
     parser.add_argument("--queries", type=int, default=100, help="rounds per process")
     parser.add_argument("--cache", type=Path, default=HERE.parent.parent / ".peers", help="of run.py")
     parser.add_argument("--results", type=Path, default=HERE.parent / "results", help="folder of run.py's result files")
     options = parser.parse_args()
-    path = options.results / f"peers-{options.task}.json"
+    name = load_task(options.task, plugins.loaders("task")).name
+    path = options.results / f"peers-{name}.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     ground = prepare(options.task, found["task"]["calibration_samples"], options.cache.resolve() / "work")
     bench, timing = Bench(ground, None, Progress()), Timing(options.queries, options.processes, 60)
@@ -70,8 +73,8 @@ def ours(runtime: Runtime, ground: Ground) -> Row:
 def close(found: dict[str, Any], runtime: Runtime, threads: str, ground: Ground) -> list[Row]:
     """The peers that keep the accuracy and took little more than the fastest of them."""
     peers = able([row for row in found["rows"] if row["runtime"] == runtime], found["max_drop"])
-    limit = CLOSE * min(row["latency_ms"][threads]["p50"] for row in peers)
-    near = [row for row in peers if row["latency_ms"][threads]["p50"] <= limit]
+    least = max(speedup(row, threads) for row in peers) / CLOSE
+    near = [row for row in peers if speedup(row, threads) >= least]
     return [Row(runtime, row["tool"], row["variant"], ground.folder / f"{row['tool']}-{setting(row)}") for row in near]
 
 
@@ -91,12 +94,12 @@ def pinned(threads: int) -> Iterator[None]:
 
 def timed(bench: Bench, rows: list[Row], threads: int, timing: Timing) -> list[dict[str, Any]]:
     """The median of every process, and how many times faster mmedge's was in it."""
-    runs = [bench.series(rows, threads, timing, seed) for seed in range(timing.processes)]
-    medians = {row.id: np.array([np.median(run[row.id]) / 1e6 for run in runs]) for row in rows}
+    series = bench.series(rows, threads, timing)
     made = []
     for row in rows:
-        ratios = medians[row.id] / medians[MMEDGE]
-        line = {"tool": row.tool, "variant": row.variant, "p50_ms": medians[row.id].round(4).tolist()}
+        ratios = np.array(series.speedup(MMEDGE, over=row.id).per_process)
+        medians = np.array(series.latency(row.id).p50_per_process)
+        line = {"tool": row.tool, "variant": row.variant, "p50_ms": medians.round(4).tolist()}
         made.append(line | {"over_mmedge": {"median": float(np.median(ratios)), "all": ratios.round(4).tolist()}})
     return made
 

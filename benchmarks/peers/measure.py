@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from mmedge import plugins
 from mmedge.errors import MmedgeError
 from mmedge.pipeline.folder import processors
 from mmedge.profile.accuracy import Accuracy, Outputs, parity, run_split
-from mmedge.profile.latency import EngineRef, interleaved
-from mmedge.profile.statistics import Latency, Speedup
+from mmedge.profile.latency import EngineRef, Series, interleaved
 from mmedge.progress import Progress
 from mmedge.tensors import Array
 
@@ -121,15 +120,13 @@ class Bench:
 
     def latency(self, rows: Sequence[Row], threads: int, timing: Timing) -> None:
         """All rows that run in one interleaved run per process; ratios to the float row and to mmedge's."""
-        able, runs = self._runs(rows, threads, timing)
+        able, series = self._able(rows, threads, timing)
         rivals = {"vs_fp32": FP32, "vs_mmedge": MMEDGE}
         for row in able:
-            own = [run[row.id] for run in runs]
-            summary = Latency.of(np.concatenate(own)).as_json()
-            summary["p50_per_process"] = [float(np.median(series)) / 1e6 for series in own]
+            summary = series.latency(row.id).as_json()
             for name, rival in rivals.items():
-                if rival in runs[0]:
-                    summary[name] = _ratio([run[rival] for run in runs], own)
+                if rival in series:
+                    summary[name] = asdict(series.speedup(row.id, over=rival))
             row.found.setdefault("latency_ms", {})[str(threads)] = summary
 
     def fastest(self, rows: Sequence[Row], float_row: Row, max_drop: float, timing: Timing) -> Row | None:
@@ -144,7 +141,7 @@ class Bench:
         able = [row for row in rows if row.error is None]
         for first in range(0, len(able), TOGETHER):
             group = able[first : first + TOGETHER]
-            series = self.series([float_row, *group], 1, timing, 0)
+            series = self.series([float_row, *group], 1, timing)
             for row in group:
                 row.found["ratio"] = float(np.median(series[row.id]) / np.median(series[float_row.id]))
         sign = 1 if self.ground.task.metric.higher_is_better else -1
@@ -156,12 +153,12 @@ class Bench:
 
         return min(able, key=rank, default=None)
 
-    def _runs(self, rows: Sequence[Row], threads: int, timing: Timing) -> tuple[list[Row], list[dict[str, Any]]]:
-        """The rows that can be timed, and one run per process; a row whose engine dies in one is left out of all."""
+    def _able(self, rows: Sequence[Row], threads: int, timing: Timing) -> tuple[list[Row], Series]:
+        """The rows that can be timed, and what they take; a row whose engine dies in a process is left out of all."""
         able = [row for row in rows if row.error is None]
         while True:
             try:
-                return able, [self.series(able, threads, timing, seed) for seed in range(timing.processes)]
+                return able, self.series(able, threads, timing)
             except MmedgeError as err:
                 where = err.where or ""
                 named = [row for row in able if row.id in where or str(row.folder) in where]
@@ -171,25 +168,17 @@ class Bench:
                 culprit.error = f"timing: {err.problem}"[:300]
                 able.remove(culprit)
 
-    def series(self, rows: Sequence[Row], threads: int, timing: Timing, seed: int) -> dict[str, Any]:
-        """What one process takes for each row's queries, in nanoseconds."""
-        engines = [row.engine for row in rows]
+    def series(self, rows: Sequence[Row], threads: int, timing: Timing) -> Series:
+        """What each row's queries take."""
         return interleaved(
-            engines,
+            [row.engine for row in rows],
             self.samples,
             threads=threads,
-            queries=timing.queries,
-            budget_s=timing.budget_s,
-            seed=seed,
+            queries=timing.queries * timing.processes,
+            processes=timing.processes,
+            budget_s=timing.budget_s * timing.processes,
             progress=self.progress,
         )
-
-
-def _ratio(rival: Sequence[Any], own: Sequence[Any]) -> dict[str, Any]:
-    """How many times faster ``own`` is: over all processes, and in each."""
-    whole = Speedup.of(np.concatenate(rival), np.concatenate(own))
-    each = [Speedup.of(theirs, mine).value for theirs, mine in zip(rival, own, strict=True)]
-    return {"value": whole.value, "ci95": whole.ci95, "per_process": each}
 
 
 def _size(folder: Path) -> int:

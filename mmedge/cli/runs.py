@@ -136,6 +136,7 @@ def build(run: Path, target: str, as_json: bool, quiet: bool, verbose: bool) -> 
 @click.argument("path", type=click.Path(path_type=Path), metavar="RUN|ARTIFACT")
 @click.option("--target", metavar="NAME", help="Measure a RUN on this target too.")
 @click.option("--queries", type=click.IntRange(1), help="Timed queries per engine.")
+@click.option("--processes", type=click.IntRange(1, 64), help="That share them, each with all engines opened anew.")
 @click.option(
     "--duration", type=click.FloatRange(0, min_open=True), metavar="S", help="Stop timing a target after this long."
 )
@@ -145,6 +146,7 @@ def profile(
     path: Path,
     target: str | None,
     queries: int | None,
+    processes: int | None,
     duration: float | None,
     threads: int | None,
     as_json: bool,
@@ -159,7 +161,7 @@ def profile(
     from mmedge.cli.console import progress_for
     from mmedge.profile.single import time_artifact
 
-    wanted: dict[str, Any] = {"queries": queries, "budget_s": duration, "threads": threads}
+    wanted: dict[str, Any] = {"queries": queries, "processes": processes, "budget_s": duration, "threads": threads}
     changes = {name: value for name, value in wanted.items() if value is not None}
     if (path / "manifest.json").is_file():
         if target:
@@ -233,6 +235,7 @@ def _print_engine(found: dict[str, Any], as_json: bool) -> None:
         return
     latency = found["latency_ms"]
     how = f"{found['threads']} thread(s), {latency['queries']} queries of random data"
+    how += f" in {len(latency['p50_per_process'])} process(es)"
     print(f"{found['name']} on {found['target']}, {how}")
     for name in ("p50", "p90", "p99", "mean"):
         value = latency[name]

@@ -135,7 +135,7 @@ class Bench:
         sides = [first] if last.stage == first.stage else [first, last]
         inputs = {
             "engines": [{name: engine.digest for name, engine in side.engines.items()} for side in sides],
-            "profile": self.profile.model_dump(include={"threads", "queries", "budget_s"}),
+            "profile": self.profile.timing,
             "cpu": cpu_name(),
             "turn": [SETTLE, TURN],
         }

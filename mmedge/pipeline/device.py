@@ -25,7 +25,6 @@ from mmedge.pipeline.folder import RunFolder, open_run, processors, read_json
 from mmedge.pipeline.rows import NO_RAILS, Timed, coverage_fields, fraction, timing_json, timings
 from mmedge.profile.accuracy import parity
 from mmedge.profile.latency import EngineRef, interleaved
-from mmedge.profile.statistics import Speedup
 from mmedge.profile.worker import SETTLE, TURN
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe, load_recipe
@@ -254,11 +253,9 @@ class _Device:
     def _quick(self, engines: dict[str, Artifact]) -> dict[str, float]:
         """Time relative to the first engine."""
         refs = [EngineRef(name, self.target.name, str(artifact.path)) for name, artifact in engines.items()]
-        rule = self.recipe.twin
-        series = interleaved(
-            refs, self._samples()[0], queries=rule.queries, budget_s=rule.budget_s, progress=self.progress
-        )
-        return {ref.id: 1 / Speedup.of(series[refs[0].id], series[ref.id]).value for ref in refs}
+        settings = {"threads": self.recipe.profile.threads, **self.recipe.twin.timing}
+        series = interleaved(refs, self._samples()[0], progress=self.progress, **settings)
+        return {ref.id: 1 / series.speedup(ref.id, refs[0].id).value for ref in refs}
 
     def _timings(self, stages: list[Stage], shipped: dict[str, _Shipped]) -> dict[str, Any]:
         known = {stage.name for stage in stages}
@@ -273,7 +270,7 @@ class _Device:
         ]
         inputs = {
             "engines": [each.engine.digest for each in engines],
-            "profile": self.recipe.profile.model_dump(include={"threads", "queries", "budget_s"}),
+            "profile": self.recipe.profile.timing,
             "machine": [cpu_name(), self.versions],
             "turn": [SETTLE, TURN],
         }

@@ -18,7 +18,6 @@ from mmedge.lower.shape import shape_for
 from mmedge.pipeline.folder import processors
 from mmedge.profile.accuracy import Accuracy, run_split
 from mmedge.profile.latency import EngineRef, Series, interleaved
-from mmedge.profile.statistics import Speedup
 from mmedge.progress import Progress
 from mmedge.stages.base import Judgement, Network
 from mmedge.targets.base import Target
@@ -60,19 +59,17 @@ class Judge:
         twin = self._twin_of(parent)
         with tempfile.TemporaryDirectory(prefix="mmedge-judge-") as name:
             engines = self._engines(network, Path(name))
-            series = self._timed([twin.engine, *engines])
-            speedups = [Speedup.of(series[0], mine).value for mine in series[1:]]
-            fastest = speedups.index(max(speedups))
+            speedups = self._speedups([twin.engine, *engines])
+            fastest = max(engines, key=speedups.__getitem__)
             sign = 1 if self.task.metric.higher_is_better else -1
-            return Judgement(sign * (twin.value - self._value(engines[fastest])), speedups[fastest])
+            return Judgement(sign * (twin.value - self._value(fastest)), speedups[fastest])
 
     def _twin_of(self, parent: Network) -> _Twin:
         """The fastest engine of ``parent``; made once, for a search judges many networks against the same one."""
         if self._twin is None or self._twin.network() is not parent:
             folder = Path(tempfile.mkdtemp(prefix="mmedge-judge-"))
             engines = self._engines(parent, folder)
-            series = self._timed(engines)
-            fastest = min(zip(engines, series, strict=True), key=lambda each: float(np.median(each[1])))[0]
+            fastest = max(engines, key=self._speedups(engines).__getitem__)
             self._twin = _Twin(weakref.ref(parent), fastest, self._value(fastest))
             weakref.finalize(self._twin, shutil.rmtree, folder, ignore_errors=True)
         return self._twin
@@ -86,18 +83,17 @@ class Judge:
         forms = self.target.forms()
         return [_build(form, portable, folder / str(number)) for number, form in enumerate(forms)]
 
-    def _timed(self, engines: Sequence[Path]) -> list[Array]:
-        """Nanoseconds of each, from one interleaved run."""
-        refs = [EngineRef(str(number), self.target.name, str(engine)) for number, engine in enumerate(engines)]
+    def _speedups(self, engines: Sequence[Path]) -> dict[Path, float]:
+        """Of each over the first, from one interleaved run."""
         series = interleaved(
-            refs,
+            [EngineRef(str(engine), self.target.name, str(engine)) for engine in engines],
             _samples(self.task),
             threads=self.threads,
             queries=QUERIES,
             budget_s=BUDGET_S,
             progress=self.progress,
         )
-        return [series[ref.id] for ref in refs]
+        return {engine: series.speedup(str(engine), over=str(engines[0])).value for engine in engines}
 
     def _value(self, folder: Path) -> float:
         with self.target.runner(folder, processors()) as run:
@@ -184,7 +180,7 @@ class TargetClock:
                     self._add(name, module)
                     bar.advance(1)
             series = self._timed(["reference", *names])
-            found += [self.reference_ms / Speedup.of(series["reference"], series[name]).value for name in names]
+            found += [self.reference_ms / series.speedup(name, "reference").value for name in names]
             for name in names:
                 shutil.rmtree(self.folder / name)
                 shutil.rmtree(self.folder / f"{name}-lowered")

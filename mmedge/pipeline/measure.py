@@ -171,7 +171,7 @@ class Measurements:
         inputs = {
             "engines": [cell.engine.digest for cell in cells],
             "twins": [cell.settled.twin.artifact.digest for cell in cells if cell.settled and cell.settled.twin],
-            "profile": self.profile.model_dump(include={"threads", "queries", "budget_s"}),
+            "profile": self.profile.timing,
             "cpu": cpu_name(),
             "turn": [SETTLE, TURN],
             "evaluator": VERSION,

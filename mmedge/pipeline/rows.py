@@ -10,7 +10,6 @@ from typing import Any
 from mmedge.artifact import Artifact
 from mmedge.pipeline.folder import processors
 from mmedge.profile.latency import EngineRef, interleaved, peak_memory_mib
-from mmedge.profile.statistics import Latency, Speedup
 from mmedge.progress import Progress
 from mmedge.recipe import ProfileConfig
 from mmedge.tensors import Arrays
@@ -63,27 +62,20 @@ def timings(
     for each in engines:
         if each.twin:
             refs.setdefault((str(each.twin.path), ""), EngineRef(f"twin of {each.name}", target, str(each.twin.path)))
-    series = interleaved(
-        list(refs.values()),
-        samples,
-        threads=profile.threads,
-        queries=profile.queries,
-        budget_s=profile.budget_s,
-        progress=progress,
-    )
+    series = interleaved(list(refs.values()), samples, progress=progress, **profile.timing)
     memory = _memory(stages, engines, samples, profile.threads)
     names = {each.name: refs[each.place].id for each in engines}
     found: dict[str, Any] = {}
     for each in engines:
-        own = series[names[each.name]]
-        twin = series[refs[str(each.twin.path), ""].id] if each.twin else None
+        own = names[each.name]
+        twin = refs[str(each.twin.path), ""].id if each.twin else None
         found[each.name] = {
-            "latency": Latency.of(own).as_json(),
-            "vs_baseline": vars(Speedup.of(series[engines[0].name], own)) if each.parent else None,
-            "vs_parent": Speedup.of(series[names[each.parent]], own).value if each.parent else None,
-            "vs_twin": vars(Speedup.of(twin, own)) if twin is not None else None,
-            "parts": series.parts_ms.get(names[each.name]),
-            "memory": memory[names[each.name]],
+            "latency": series.latency(own).as_json(),
+            "vs_baseline": vars(series.speedup(own, engines[0].name)) if each.parent else None,
+            "vs_parent": series.speedup(own, names[each.parent]).value if each.parent else None,
+            "vs_twin": vars(series.speedup(own, twin)) if twin else None,
+            "parts": series.parts_ms(own),
+            "memory": memory[own],
             "threads": profile.threads,
         }
     return found

@@ -19,7 +19,6 @@ from mmedge.artifact import Artifact
 from mmedge.pipeline.environment import cpu_name
 from mmedge.pipeline.line import Line, Step
 from mmedge.profile.latency import EngineRef, interleaved
-from mmedge.profile.statistics import Speedup
 from mmedge.profile.worker import SETTLE, TURN
 from mmedge.recipe import TwinConfig
 from mmedge.targets.base import Target
@@ -112,7 +111,7 @@ class TwinRule:
             return {unique[0].artifact.digest: 1.0}
         inputs = {
             "engines": [engine.artifact.digest for engine in unique],
-            "queries": self.rule.queries,
+            "timing": self.rule.timing,
             "threads": self.threads,
             "cpu": cpu_name(),
             "turn": [SETTLE, TURN],
@@ -120,16 +119,10 @@ class TwinRule:
 
         def measure() -> dict[str, Any]:
             refs = [EngineRef(str(i), each.target.name, str(each.artifact.path)) for i, each in enumerate(unique)]
-            series = interleaved(
-                refs,
-                self.samples,
-                threads=self.threads,
-                queries=self.rule.queries,
-                budget_s=self.rule.budget_s,
-                progress=self.line.progress,
-            )
+            settings = {"threads": self.threads, **self.rule.timing}
+            series = interleaved(refs, self.samples, progress=self.line.progress, **settings)
             return {
-                each.artifact.digest: 1 / Speedup.of(series["0"], series[ref.id]).value
+                each.artifact.digest: 1 / series.speedup(ref.id, "0").value
                 for each, ref in zip(unique, refs, strict=True)
             }
 

@@ -1,4 +1,4 @@
-"""Latency and memory of engines, measured in a process of their own."""
+"""Latency and memory of engines, measured in processes of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,23 +18,52 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmedge.errors import TargetError
-from mmedge.profile.worker import EngineRef, Spec, write_arrays
+from mmedge.profile.statistics import Latency, Speedup
+from mmedge.profile.worker import FEWEST_QUERIES, TURN, EngineRef, Spec, write_arrays
 from mmedge.progress import Progress
 from mmedge.tensors import Arrays
 
-__all__ = ["EngineRef", "interleaved", "peak_memory_mib"]
+__all__ = ["EngineRef", "Series", "interleaved", "peak_memory_mib"]
+
+INPUTS, OUTPUT = "inputs.npz", "out.npz"
 
 Message = dict[str, Any]
 
 
+Times = Mapping[str, NDArray[np.int64]]
+Parts = Mapping[str, Mapping[str, float]]
+
+
 class Series(dict[str, NDArray[np.int64]]):
-    """Latencies by engine id, nanoseconds, int64 of shape (queries,).
+    """Latencies by engine id, nanoseconds, int64 of shape (queries,), in the order measured.
+
+    All have the same length: entries k were taken on the same sample in the same round.
+
+    Args:
+        runs: one process's latencies after the other's.
+        parts_ms: of engines on an accelerator, process by process: by id the medians of ``h2d``, ``device``, ``d2h``.
 
     Attributes:
-        parts_ms: of engines on an accelerator, by id: median milliseconds of ``h2d``, ``device`` and ``d2h``.
+        processes: how many of the queries each process made.
     """
 
-    parts_ms: dict[str, dict[str, float]]
+    def __init__(self, runs: Sequence[Times], parts_ms: Sequence[Parts] = ()) -> None:
+        super().__init__({name: np.concatenate([run[name] for run in runs]) for name in runs[0]})
+        self.processes = tuple(len(next(iter(run.values()))) for run in runs)
+        self._parts_ms = parts_ms
+
+    def latency(self, engine: str) -> Latency:
+        """What is known of the latency of one engine."""
+        return Latency.of(self[engine], self.processes)
+
+    def speedup(self, engine: str, over: str) -> Speedup:
+        """How many times faster one engine is than another, turn by turn."""
+        return Speedup.of(self[over], self[engine], self.processes, turn=TURN)
+
+    def parts_ms(self, engine: str) -> dict[str, float] | None:
+        """Median milliseconds of ``h2d``, ``device`` and ``d2h`` of an engine on an accelerator; None for others."""
+        found = [parts[engine] for parts in self._parts_ms if engine in parts]
+        return {part: float(np.median([each[part] for each in found])) for part in found[0]} if found else None
 
 
 def interleaved(
@@ -43,6 +72,7 @@ def interleaved(
     *,
     threads: int = 1,
     queries: int = 700,
+    processes: int = 1,
     budget_s: float = 60.0,
     warmup_s: float = 0.5,
     seed: int = 0,
@@ -51,45 +81,51 @@ def interleaved(
 ) -> Series:
     """Time queries of batch 1 on engines side by side, a few in a row on each, see ``mmedge.profile.worker``.
 
+    The same engine may be a few percent faster in one process than in the next, for as long as the process lives, on
+    some machines far more: so the queries may be shared among several, each of which opens all engines anew.
+
     Args:
         engines: what to time; their ids differ.
         inputs: a few samples, first dimension samples; every engine gets the same in the same order.
         threads: threads of each engine.
         queries: to time on each engine. 700 are enough for a p99.
-        budget_s: seconds after which timing stops early, though not before 64 queries unless they take four times as
-            long.
-        warmup_s: seconds of warm-up per engine.
+        processes: to share them among, at most: each makes 64 of them at least, or all.
+        budget_s: seconds of all processes together after which timing stops early, though not before 64 queries each
+            unless they take four times as long.
+        warmup_s: seconds of warm-up per engine and process.
         seed: of the order within the rounds.
         progress: shows the queries.
         workdir: where the temporary folder is made; the system's by default.
 
-    Returns:
-        For each id the latencies in nanoseconds, int64 of shape (queries,), in the order measured. All have the same
-        length: entries k were taken on the same sample in the same round.
-
     Raises:
-        TargetError: an engine cannot be opened or run, or the process died; says at what and the last thing it said.
+        TargetError: an engine cannot be opened or run, or a process died; says at what and the last thing it said.
     """
     if len({engine.id for engine in engines}) != len(engines):
         raise TargetError("engines to time share an id", where=", ".join(engine.id for engine in engines))
-    spec = Spec(tuple(engines), "inputs.npz", "out.npz", threads, warmup_s, queries, budget_s, seed=seed)
-    with _prepared(spec, inputs, workdir) as folder:
-        with (progress or Progress()).bar(f"timing {len(engines)} engines", queries) as bar:
-            done = 0
-            parts: dict[str, dict[str, float]] = {}
+    count = max(1, min(processes, queries // FEWEST_QUERIES))
+    spec = Spec(tuple(engines), INPUTS, OUTPUT, threads, warmup_s, budget_s=budget_s / count)
+    shares = [queries // count + (number < queries % count) for number in range(count)]
+    showing = (progress or Progress()).bar(f"timing {len(engines)} engines", queries)
+    with _prepared(inputs, workdir) as folder, showing as bar:
+        specs = [replace(spec, queries=share, seed=seed + number) for number, share in enumerate(shares)]
+        return Series(*zip(*[_timed(folder, each, bar.advance) for each in specs], strict=True))
 
-            def listen(message: Message) -> None:
-                nonlocal done
-                parts.update(message.get("parts", {}))
-                if "queries" in message:
-                    bar.advance(message["queries"] - done)
-                    done = message["queries"]
 
-            _run(folder, threads, listen)
-        with np.load(folder / spec.output, allow_pickle=False) as file:
-            series = Series({engine.id: file[engine.id] for engine in engines})
-        series.parts_ms = parts
-        return series
+def _timed(folder: Path, spec: Spec, advance: Callable[[int], None]) -> tuple[Times, Parts]:
+    """One process's queries."""
+    parts: dict[str, dict[str, float]] = {}
+    done = 0
+
+    def listen(message: Message) -> None:
+        nonlocal done
+        parts.update(message.get("parts", {}))
+        if "queries" in message:
+            advance(message["queries"] - done)
+            done = message["queries"]
+
+    _run(folder, spec, listen)
+    with np.load(folder / spec.output, allow_pickle=False) as file:
+        return {engine.id: file[engine.id] for engine in spec.engines}, parts
 
 
 def peak_memory_mib(engine: EngineRef, inputs: Arrays, threads: int = 1) -> float:
@@ -102,33 +138,31 @@ def peak_memory_mib(engine: EngineRef, inputs: Arrays, threads: int = 1) -> floa
         TargetError: the engine cannot be run, or the system does not tell.
     """
     found: Message = {}
-    spec = Spec((engine,), "inputs.npz", "out.npz", threads, mode="memory")
-    with _prepared(spec, inputs, None) as folder:
-        _run(folder, threads, found.update)
+    with _prepared(inputs, None) as folder:
+        _run(folder, Spec((engine,), INPUTS, OUTPUT, threads, mode="memory"), found.update)
     return float(found["peak_memory_mib"])
 
 
 @contextmanager
-def _prepared(spec: Spec, inputs: Arrays, workdir: Path | None) -> Iterator[Path]:
-    """A temporary folder that holds the spec and the inputs."""
-    absolute = tuple(replace(engine, folder=str(Path(engine.folder).resolve())) for engine in spec.engines)
+def _prepared(inputs: Arrays, workdir: Path | None) -> Iterator[Path]:
+    """A temporary folder that holds the inputs."""
     with tempfile.TemporaryDirectory(prefix="mmedge-profile-", dir=workdir) as name:
-        folder = Path(name)
         try:
-            write_arrays(folder / spec.inputs, inputs)
-            (folder / "spec.json").write_text(json.dumps(asdict(replace(spec, engines=absolute))))
+            write_arrays(Path(name, INPUTS), inputs)
         except OSError as err:
             raise TargetError(f"cannot write the inputs to time with: {err.strerror or err}", where=name) from err
-        yield folder
+        yield Path(name)
 
 
-def _run(folder: Path, threads: int, listen: Callable[[Message], None]) -> None:
-    """Run the worker on ``folder/spec.json`` and hand on its messages; it never outlives this call."""
+def _run(folder: Path, spec: Spec, listen: Callable[[Message], None]) -> None:
+    """Run the worker on ``spec`` in ``folder`` and hand on its messages; it never outlives this call."""
+    absolute = tuple(replace(engine, folder=str(Path(engine.folder).resolve())) for engine in spec.engines)
+    (folder / "spec.json").write_text(json.dumps(asdict(replace(spec, engines=absolute))))
     command = [sys.executable, "-m", "mmedge.profile.worker", str(folder / "spec.json")]
     last: Message = {"doing": "starting"}
     with (folder / "stderr").open("w+b") as stderr:
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, cwd=folder, env=_environment(threads), encoding="utf-8"
+            command, stdout=subprocess.PIPE, stderr=stderr, cwd=folder, env=_environment(spec.threads), encoding="utf-8"
         ) as process:
             try:
                 for line in process.stdout or ():

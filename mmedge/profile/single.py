@@ -11,7 +11,6 @@ import numpy as np
 from mmedge.artifact import load_artifact
 from mmedge.errors import UsageError
 from mmedge.profile.latency import EngineRef, interleaved, peak_memory_mib
-from mmedge.profile.statistics import Latency
 from mmedge.progress import Progress
 from mmedge.tensors import Array
 
@@ -19,9 +18,15 @@ SAMPLES = 4
 
 
 def time_artifact(
-    path: Path, progress: Progress, *, queries: int = 700, budget_s: float = 60.0, threads: int = 1
+    path: Path,
+    progress: Progress,
+    *,
+    queries: int = 700,
+    processes: int = 3,
+    budget_s: float = 60.0,
+    threads: int = 1,
 ) -> dict[str, Any]:
-    """Latency and memory of an engine artifact on random inputs.
+    """Latency and memory of an engine artifact on random inputs; for the settings see ``interleaved``.
 
     Raises:
         UsageError: the artifact is no engine.
@@ -37,14 +42,14 @@ def time_artifact(
     target = artifact.about["target"]
     engine = EngineRef(artifact.manifest.name, target, str(path))
     inputs = random_inputs(artifact.about["inputs"])
-    settings = {"threads": threads, "queries": queries, "budget_s": budget_s}
-    series = interleaved([engine], inputs, progress=progress, **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"threads": threads, "queries": queries, "processes": processes, "budget_s": budget_s}
+    series = interleaved([engine], inputs, progress=progress, **settings)
     return {
         "name": artifact.manifest.name,
         "target": target,
         "inputs": "random",
         "threads": threads,
-        "latency_ms": Latency.of(series[engine.id]).as_json(),
+        "latency_ms": series.latency(engine.id).as_json(),
         "peak_memory_mib": peak_memory_mib(engine, inputs, threads),
     }
 

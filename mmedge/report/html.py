@@ -10,7 +10,7 @@ from typing import Any
 from mmedge.artifact import write_text
 from mmedge.errors import UsageError, needs_extra
 from mmedge.report.gates import blame
-from mmedge.report.model import Gate, Report, Result, Stage
+from mmedge.report.model import Gate, Latency, Report, Result, Stage
 from mmedge.report.plot import latency_accuracy
 from mmedge.report.values import (
     MIB,
@@ -129,6 +129,7 @@ def render(report: Report) -> str:
         stages=[(stage, _count(stage.parameters), _macs(stage)) for stage in report.stages],
         samples=sorted({result.accuracy.samples for _, result in _results(report) if result.accuracy}),
         threads=sorted({result.threads for _, result in _results(report) if result.threads}),
+        processes=max((len(found.p50_per_process) for found in _latencies(report)), default=0),
         notes=notes.reasons[:figures_noted],
         gate_notes=notes.reasons[figures_noted:],
     )
@@ -136,6 +137,10 @@ def render(report: Report) -> str:
 
 def _results(report: Report) -> Iterator[tuple[Stage, Result]]:
     return ((stage, result) for stage in report.stages for result in stage.results)
+
+
+def _latencies(report: Report) -> Iterator[Latency]:
+    return (result.latency_ms for _, result in _results(report) if result.latency_ms)
 
 
 def _target(report: Report, name: str, notes: Notes, plot: Any) -> Target:

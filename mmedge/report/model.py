@@ -96,6 +96,7 @@ class Latency(Part):
     p99: float | None
     mean: float
     queries: int
+    p50_per_process: list[float] = Field(default_factory=list, description="of processes that shared the queries")
     ci95: Interval | None = Field(description="95 % confidence interval of p50")
 
 
@@ -114,7 +115,10 @@ class Parts(Part):
 
 
 class Speedup(Part):
-    """How many times faster, on the same target. ``ci95`` is that of ``vs_baseline``."""
+    """How many times faster, on the same target: the median of turns side by side, not the ratio of the medians.
+
+    ``ci95`` is that of ``vs_baseline``.
+    """
 
     vs_baseline: float | None
     vs_parent: float | None
