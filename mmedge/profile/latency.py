@@ -147,18 +147,26 @@ def peak_memory_mib(engine: EngineRef, inputs: Arrays, threads: int = 1) -> floa
 def _prepared(inputs: Arrays, workdir: Path | None) -> Iterator[Path]:
     """A temporary folder that holds the inputs."""
     with tempfile.TemporaryDirectory(prefix="mmedge-profile-", dir=workdir) as name:
-        try:
-            write_arrays(Path(name, INPUTS), inputs)
-        except OSError as err:
-            raise TargetError(f"cannot write the inputs to time with: {err.strerror or err}", where=name) from err
+        with _written(Path(name, INPUTS)) as path:
+            write_arrays(path, inputs)
         yield Path(name)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[Path]:
+    """Where ``path`` cannot be written, the error says so."""
+    try:
+        yield path
+    except OSError as err:
+        raise TargetError(f"cannot write what is to be timed: {err.strerror or err}", where=str(path)) from err
 
 
 def _run(folder: Path, spec: Spec, listen: Callable[[Message], None]) -> None:
     """Run the worker on ``spec`` in ``folder`` and hand on its messages; it never outlives this call."""
     absolute = tuple(replace(engine, folder=str(Path(engine.folder).resolve())) for engine in spec.engines)
-    (folder / "spec.json").write_text(json.dumps(asdict(replace(spec, engines=absolute))))
-    command = [sys.executable, "-m", "mmedge.profile.worker", str(folder / "spec.json")]
+    with _written(folder / "spec.json") as path:
+        path.write_text(json.dumps(asdict(replace(spec, engines=absolute))))
+    command = [sys.executable, "-m", "mmedge.profile.worker", str(path)]
     last: Message = {"doing": "starting"}
     with (folder / "stderr").open("w+b") as stderr:
         with subprocess.Popen(
