@@ -530,6 +530,18 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     assert "Why it fails" in page
 
 
+def test_latencies_far_apart_are_plotted_on_a_logarithmic_axis() -> None:
+    found = report()
+    assert render(found).count("p50 latency, ms, logarithmic") == 2
+    for stage in found.stages:
+        for result in stage.results:
+            if result.latency_ms:
+                result.latency_ms.p50 = 1.0 + result.latency_ms.p50 / 100
+    page = render(found)
+    assert page.count("p50 latency, ms<") == 2
+    assert "logarithmic" not in page
+
+
 def test_page_escapes_what_users_name() -> None:
     evil = "<script>alert(1)</script>$x_1$"
     data = sample(command=evil, recipe={"task": evil})

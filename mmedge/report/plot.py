@@ -19,6 +19,7 @@ _ON_PAGE = {_INK: "var(--ink)", _FAINT: "var(--faint)", _LINE: "var(--line)"}
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 _MARKERS = "osD^vPX"
 _PLACES = [(9, 7), (9, -14), (-9, 7), (-9, -14)]  # of a label, in points from its marker
+_WIDE = 4.0  # where the slowest is so many times slower than the fastest, the others would lie on top of each other
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -65,7 +66,7 @@ def latency_accuracy(report: Report, target: str) -> str:
         _draw(axes, points)
         unit = f", {scale.unit}" if scale.unit else ""
         axes.set_ylabel(f"{scale.name}{unit}", parse_math=False)
-        axes.set_xlabel("p50 latency, ms")
+        axes.set_xlabel("p50 latency, ms" + (", logarithmic" if axes.get_xscale() == "log" else ""))
         _label(figure, axes, points)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -88,6 +89,8 @@ def _points(report: Report, target: str) -> list[_Point]:
 
 
 def _draw(axes: Any, points: Sequence[_Point]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     axes.plot([p.x for p in points], [p.y for p in points], color=_LINE, linewidth=1.2, zorder=1)
     for index, point in enumerate(points):
         colour = _COLOURS[index % len(_COLOURS)]
@@ -104,11 +107,18 @@ def _draw(axes: Any, points: Sequence[_Point]) -> None:
             zorder=3,
         )
     axes.margins(x=0.16, y=0.22)
-    axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
+    axes.ticklabel_format(useOffset=False)
+    latencies = [point.x for point in points]
+    if 0 < _WIDE * min(latencies) <= max(latencies):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
     axes.grid(color=_LINE, linewidth=0.5, alpha=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.ticklabel_format(useOffset=False)
 
 
 def _arms(value: float, interval: tuple[float, float] | None) -> list[list[float]] | None:
