@@ -37,6 +37,11 @@ def line(stage: str, row: dict) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def interval(found: list[float] | None) -> str:
+    """In points; empty where there is none, as in earlier result files."""
+    return " ({:.2f} to {:.2f})".format(*(100 * bound for bound in found)) if found else ""
+
+
 def summary(paths: list[Path]) -> None:
     heads = ["recipe, task", "target", "metric, float → INT8", "drop, points", "p50, float → INT8", "over float"]
     heads += ["over its twin", "layers in INT8"]
@@ -61,7 +66,7 @@ def short(name: str, before: dict, after: dict) -> str:
         name,
         after["target"],
         f"{' → '.join(values)} %",
-        f"{100 * after['accuracy']['drop']:.2f}",
+        f"{100 * after['accuracy']['drop']:.2f}{interval(after['accuracy'].get('drop_ci95'))}",
         f"{before['latency_ms']['p50']:.2f} → {after['latency_ms']['p50']:.2f} ms",
         f"{speedup['vs_baseline']:.2f}× ({speedup['ci95'][0]:.2f}–{speedup['ci95'][1]:.2f})",
         over,

@@ -61,12 +61,15 @@ class Metric:
         higher_is_better: False for errors.
         outputs: names of the outputs that it takes; empty for all of the task's. What no metric takes is not held in
             memory over a split: name them where a task has outputs that are large, as hidden states and maps are.
+        together: so many consecutive samples are scored with each other, as in a gallery of retrieval. Confidence
+            intervals are resampled from such groups: single samples of a gallery, drawn anew, are another gallery.
     """
 
     name: str
     score: Callable[[Mapping[str, Array], Array], float]
     higher_is_better: bool = True
     outputs: tuple[str, ...] = ()
+    together: int = 1
 
 
 def accuracy(outputs: Mapping[str, Array], targets: Array) -> float:
@@ -438,11 +441,16 @@ def _wrong_types(task: Task) -> list[str]:
         ),
     }
     wrong = [f"{name} is {getattr(task, name)!r:.60}, not {what}" for name, (what, good) in wanted.items() if not good]
-    return wrong or [
-        f"metric {metric.name}: outputs is {metric.outputs!r:.60}, not a tuple of names"
-        for metric in (task.metric, *task.also)
-        if not isinstance(metric.outputs, several) or not all(isinstance(name, str) for name in metric.outputs)
-    ]
+    return wrong or [problem for metric in (task.metric, *task.also) for problem in _wrong_metric(metric)]
+
+
+def _wrong_metric(metric: Metric) -> list[str]:
+    problems, taken, together = [], metric.outputs, metric.together
+    if not isinstance(taken, (tuple, list)) or not all(isinstance(name, str) for name in taken):
+        problems.append(f"metric {metric.name}: outputs is {taken!r:.60}, not a tuple of names")
+    if not isinstance(together, int) or isinstance(together, bool) or together < 1:
+        problems.append(f"metric {metric.name}: together is {together!r:.60}, not a number of samples")
+    return problems
 
 
 def _wrong_names(task: Task) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ import pytest
 from recorder import Recorder
 
 from mmedge.errors import TargetError
-from mmedge.profile.accuracy import Accuracy, Outputs, modality_health, parity, run_split
+from mmedge.profile.accuracy import Accuracy, Drop, Outputs, modality_health, parity, run_split
 from mmedge.task import Batch, Metric, Task, accuracy
+from mmedge.tasks.metrics import recall_at_k
 from mmedge.tensors import TensorSpec
 
 
@@ -119,19 +122,99 @@ def test_accuracy_without_an_honest_interval_says_why() -> None:
     assert "the same" in (Accuracy.of(answers_with(1.0, 100, rng), two_towers()).reason or "")
     big = Outputs({"logits": np.zeros((40, 2, 1 << 17), np.float32)}, np.zeros(40, np.int64))
     mean = two_towers(metric=Metric("mean", lambda out, targets: float(out["logits"][:, 0, 0].mean())))
-    assert "KiB per sample" in (Accuracy.of(big, mean).reason or "")
+    assert "262145 numbers per sample" in (Accuracy.of(big, mean).reason or "")
 
 
-def test_retrieval_metric_gets_no_interval() -> None:
-    def matched(outputs: Mapping[str, np.ndarray], targets: np.ndarray) -> float:
-        found = (outputs["logits"] @ outputs["logits"].T).argmax(1)
-        return float((found == np.arange(len(found))).mean())
+def recall(gallery: int | None) -> Metric:
+    return recall_at_k("image", "text", gallery=gallery)
 
-    answers = Outputs({"logits": np.eye(50, dtype=np.float32)}, np.arange(50))
-    scored = Accuracy.of(answers, two_towers(metric=Metric("recall@1", matched)))
-    assert scored.value == 1.0
-    assert scored.ci95 is None
+
+def retrieval(pairs: int, rng: np.random.Generator, gallery: int) -> Outputs:
+    """Embeddings of two towers, not all found. Galleries differ: some are four times as noisy."""
+    image = rng.standard_normal((pairs, 8)).astype(np.float32)
+    noise = np.repeat(rng.choice([0.3, 1.2], pairs // gallery), gallery)[:, None]
+    text = (image + noise * rng.standard_normal((pairs, 8))).astype(np.float32)
+    return Outputs({"image": image, "text": text}, np.arange(pairs))
+
+
+def pairs_task(metric: Metric) -> Task:
+    return replace(two_towers(metric=metric), outputs=("image", "text"))
+
+
+def test_retrieval_among_all_samples_gets_no_interval() -> None:
+    """Samples drawn anew are another gallery, with doubles in it."""
+    scored = Accuracy.of(retrieval(300, np.random.default_rng(4), 10), pairs_task(recall(None)))
+    assert 0.1 < scored.value < 0.9
+    assert scored.ci95 is scored.resampled is None
     assert "around the value" in (scored.reason or "")
+
+
+def test_galleries_are_resampled_whole() -> None:
+    """The value is a mean over galleries, whose spread is known: single pairs drawn anew would show a smaller one."""
+    rng, found = np.random.default_rng(5), []
+    truth = Accuracy.of(retrieval(20_000, rng, 10), pairs_task(recall(10))).value
+    for _ in range(20):
+        found.append(Accuracy.of(retrieval(400, rng, 10), pairs_task(recall(10))))
+    intervals = np.array([scored.ci95 for scored in found])
+    assert ((intervals[:, 0] <= truth) & (intervals[:, 1] >= truth)).mean() >= 0.8
+    expected = 2 * 1.96 * np.std([scored.value for scored in found], ddof=1)
+    assert np.diff(intervals).mean() == pytest.approx(expected, rel=0.4)
+    few = Accuracy.of(retrieval(200, rng, 10), pairs_task(recall(10)))
+    assert (few.reason or "").startswith("20 groups of 10 samples, resampling needs 30 groups")
+
+
+def less_right(answers: Outputs, lost: np.ndarray, won: np.ndarray) -> Outputs:
+    """The answers with some of the right ones wrong, and some of the wrong ones right."""
+    right = answers.outputs["logits"][:, 1] > 0
+    right = (right & ~lost) | won
+    return Outputs({"logits": np.stack([~right, right], axis=1).astype(np.float32)}, answers.targets)
+
+
+@pytest.mark.parametrize("count", [300, 5000])
+def test_a_drop_is_known_better_than_the_scores(count: int) -> None:
+    """Both engines answer the same samples, and mostly alike."""
+    rng, task, found = np.random.default_rng(11), two_towers(), []
+    for _ in range(40):
+        before = answers_with(0.8, count, rng)
+        right = before.outputs["logits"][:, 1] > 0
+        after = less_right(before, rng.random(count) < 0.05, ~right & (rng.random(count) < 0.1))
+        found.append((Accuracy.of(before, task), Accuracy.of(after, task)))
+    drops = [Drop.between(before, after, higher_is_better=True) for before, after in found]
+    truth = 0.8 * 0.05 - 0.2 * 0.1
+    intervals = np.array([drop.ci95 for drop in drops])
+    assert ((intervals[:, 0] <= truth) & (intervals[:, 1] >= truth)).mean() >= 0.85
+    assert np.diff(intervals).mean() < 0.75 * np.diff([after.ci95 for _, after in found]).mean()
+    assert all(drop.value == pytest.approx(np.mean(drop.ci95)) for drop in drops)
+    assert np.mean([drop.value for drop in drops]) == pytest.approx(truth, abs=0.01)
+
+
+def test_one_answer_lost_in_thousands_proves_no_loss() -> None:
+    task, before = two_towers(), answers_with(0.9, 4000, np.random.default_rng(12))
+    first = np.arange(4000) == int(before.outputs["logits"][:, 1].argmax())
+    scored = Accuracy.of(before, task)
+    drop = Drop.between(scored, Accuracy.of(less_right(before, first, first & ~first), task), higher_is_better=True)
+    assert drop.value == pytest.approx(1 / 4000)
+    assert drop.ci95 is not None
+    assert drop.ci95[0] < 0 < drop.ci95[1]
+    error = Drop.between(scored, Accuracy.of(less_right(before, first, first & ~first), task), higher_is_better=False)
+    assert error.value == -drop.value
+
+
+def test_a_drop_without_an_interval_says_why() -> None:
+    rng, task = np.random.default_rng(13), two_towers()
+    scored, few = Accuracy.of(answers_with(0.8, 200, rng), task), Accuracy.of(answers_with(0.8, 12, rng), task)
+    same = Drop.between(scored, scored, higher_is_better=True)
+    assert (same.value, same.ci95, same.reason) == (0, None, "every resample gives the same difference")
+    assert "12 samples" in (Drop.between(scored, few, higher_is_better=True).reason or "")
+    more = Accuracy.of(answers_with(0.8, 5000, rng), task)
+    assert "different samples" in (Drop.between(scored, more, higher_is_better=True).reason or "")
+
+
+def test_accuracy_is_kept_in_json() -> None:
+    rng = np.random.default_rng(14)
+    for answers in (answers_with(0.8, 200, rng), answers_with(0.8, 12, rng)):
+        scored = Accuracy.of(answers, two_towers())
+        assert Accuracy.from_json(json.loads(json.dumps(scored.as_json()))) == scored
 
 
 def test_health_shows_which_modality_carries_the_model() -> None:

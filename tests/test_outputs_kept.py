@@ -164,3 +164,8 @@ def test_the_metrics_that_come_with_mmedge_name_theirs() -> None:
     assert metrics.calibration_error("object").outputs == ("object",)
     assert metrics.accuracy().outputs == ()
     assert metrics.recall_at_k("image", "text", 5).outputs == ("image", "text")
+
+
+def test_retrieval_in_galleries_says_that_they_belong_together() -> None:
+    assert metrics.recall_at_k("image", "text").together == 1
+    assert metrics.recall_at_k("image", "text", gallery=50).together == 50

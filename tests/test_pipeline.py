@@ -86,6 +86,10 @@ def test_the_report_holds_every_stage_with_its_own_measurements(finished) -> Non
         assert result.peak_memory_mib > 1
         assert set(stage.modalities) == {"camera", "inertial"}
     assert baseline.results[0].accuracy.drop == 0
+    assert "first stage" in baseline.results[0].why("accuracy.drop_ci95")
+    for result in (prune.results[0], quantize.results[0]):
+        low, high = result.accuracy.drop_ci95
+        assert low < result.accuracy.drop < high
     (last,) = quantize.results
     assert last.precision in ("int8", "mixed")
     assert last.coverage.int8

@@ -52,6 +52,7 @@ def result(stage: str, target: str, slower: float = 1.0) -> dict[str, Any]:
             "samples": 5000,
             "ci95": [BASE_SCORE - drop - 0.004, BASE_SCORE - drop + 0.004],
             "drop": drop,
+            "drop_ci95": None if first else [drop - 0.0021, drop + 0.0021],
             "drop_vs_parent": None if first else drop - ROWS[before(stage) or stage][2],
         },
         "latency_ms": {
@@ -353,6 +354,18 @@ def test_nan_fails(value: float) -> None:
     assert judged({"max_modality_drop": {"image": 1.0}}, found) == [("fail", None)]
 
 
+def test_a_gate_says_where_chance_may_have_decided() -> None:
+    found = only(report(), "onnxruntime")
+    limits = {"max_drop": 0.008, "min_speedup": 5.8, "max_latency_ms": {"p50": 1.7}}
+    for gate in evaluate(GatesConfig.model_validate(limits), found):
+        assert gate.verdict == "pass"
+        assert "the limit lies within its 95 % interval" in gate.reason, gate.name
+    (drop,) = evaluate(GatesConfig(max_drop=0.008), found)
+    assert "interval, 0.005 to 0.0092: chance may have decided." in drop.reason
+    for clear in (0.0049, 0.0093):
+        assert "chance" not in evaluate(GatesConfig(max_drop=clear), found)[0].reason
+
+
 def test_rounding_does_not_fail_a_gate() -> None:
     found = only(report(), "onnxruntime")
     accuracy = final(found).accuracy
@@ -451,7 +464,7 @@ def test_table_cuts_nothing_off(width: int) -> None:
     assert not [figure for figure in figures.split() if figure not in text]
     assert f"mmedge build {Path('runs/x')} --target tensorrt-rtx" in text
     assert found.command in text
-    for part in ("✗ 5.88", "✓ 0.71", "av_digits: FAIL", "95 % CI"):
+    for part in ("✗ 5.88", "✓ 0.71", "av_digits: FAIL", "95 % CI 5.65–6.12", "drop 0.71 points (95 % CI 0.50 to 0.92)"):
         assert part in " ".join(text.split())
 
 
@@ -517,6 +530,7 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     for text in (
         "5.88×",
         "95 % CI 5.65–6.12",
+        "95 % CI 0.50 to 0.92; 97.58 % to 96.87 %",
         "1 CPU thread, timed in 3 processes",
         "9.81",
         TOO_FEW,

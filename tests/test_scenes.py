@@ -151,6 +151,7 @@ def test_recall_looks_within_a_gallery_only() -> None:
     assert clip_data.recall_at_1({"image_embedding": both, "text_embedding": both}, np.arange(200)) == 1
     shifted = np.concatenate([half, np.roll(half, 1, axis=0)])
     assert clip_data.recall_at_1({"image_embedding": both, "text_embedding": shifted}, np.arange(200)) == 0.5
+    assert scene_clip.task().metric.together == clip_data.GALLERY
 
 
 @each_task

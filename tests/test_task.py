@@ -160,6 +160,8 @@ DECLARATIONS = {
     "model is a state": ("model=model()", "model=model().state_dict()", "not a torch.nn.Module"),
     "metric is a function": (METRIC, "metric=accuracy", "not a Metric"),
     "metric without function": (METRIC, 'metric=Metric("accuracy", 0.5)', "not a Metric with a function"),
+    "no galleries": (METRIC, METRIC[:-1] + ", together=0)", "together is 0, not a number of samples"),
+    "half galleries": (METRIC, METRIC[:-1] + ", together=2.5)", "together is 2.5, not a number of samples"),
     "outputs is a string": ('outputs=("logits",)', 'outputs="logits"', "outputs is 'logits', not a tuple of names"),
     "no outputs": ('outputs=("logits",)', "outputs=()", "must not be empty"),
     "inputs is one": ('TensorSpec("image"', '*("image",), TensorSpec("image"', "not a tuple of TensorSpec"),

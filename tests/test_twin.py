@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from mmedge.pipeline import twin
 from mmedge.pipeline.compress import Job, compress
 from mmedge.pipeline.line import Step
 from mmedge.pipeline.measure import Measurements
+from mmedge.profile.accuracy import Accuracy
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe
 from mmedge.report.html import render
@@ -130,9 +132,9 @@ def test_attention_that_costs_accuracy_goes_back_alone(tmp_path, monkeypatch) ->
     pytest.importorskip("openvino")
     measured = Measurements._accuracy
 
-    def pessimistic(self: Measurements, step: Step, engine: twin.Engine) -> dict[str, Any]:
-        found = measured(self, step, engine)
-        return {**found, "value": -1.0} if step.form == "qdq" and not engine.released else found
+    def pessimistic(self: Measurements, step: Step, engine: twin.Engine) -> tuple[Accuracy, dict[str, float]]:
+        found, same = measured(self, step, engine)
+        return (replace(found, value=-1.0) if step.form == "qdq" and not engine.released else found), same
 
     monkeypatch.setattr(Measurements, "_accuracy", pessimistic)
     monkeypatch.setattr(twin, "WORTH_IT", 1e9)  # INT8 throughout is tried first, whatever the times

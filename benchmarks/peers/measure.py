@@ -15,7 +15,7 @@ from peers import Runtime
 from mmedge import plugins
 from mmedge.errors import MmedgeError
 from mmedge.pipeline.folder import processors
-from mmedge.profile.accuracy import Accuracy, Outputs, parity, run_split
+from mmedge.profile.accuracy import Accuracy, Drop, Outputs, parity, run_split
 from mmedge.profile.latency import EngineRef, Series, interleaved
 from mmedge.progress import Progress
 from mmedge.tensors import Array
@@ -101,22 +101,28 @@ class Bench:
             return None
 
     def accuracy(self, rows: Sequence[Row]) -> None:
-        """Accuracy, drop and cosine against the runtime's own float row, which comes first; size and coverage."""
+        """Accuracy, drop and cosine against the runtime's own float row, which comes first; size and coverage.
+
+        A row's ``mmedge_loses`` is what mmedge's row loses against it.
+        """
         reference: Outputs | None = None
-        first = 0.0
+        scores: dict[str, Accuracy] = {}
+        higher = self.ground.task.metric.higher_is_better
         for row in rows:
             answers = self.answer(row, self.limit)
             if answers is None or row.folder is None:
                 continue
-            found = Accuracy.of(answers, self.ground.task)
-            if reference is None:
-                reference, first = answers, found.value
-            sign = 1 if self.ground.task.metric.higher_is_better else -1
+            found = scores[row.id] = Accuracy.of(answers, self.ground.task)
+            reference = reference or answers
+            drop = Drop.between(next(iter(scores.values())), found, higher)
             row.found["accuracy"] = {"value": found.value, "samples": found.samples, "ci95": found.ci95}
-            row.found["drop"] = sign * (first - found.value)
+            row.found |= {"drop": drop.value, "drop_ci95": drop.ci95}
             row.found["cosine"] = parity(reference.outputs, answers.outputs)["cosine"]
             row.found["size_bytes"] = _size(row.folder)
             row.found["int8_coverage"] = _coverage(row)
+        for row in rows if MMEDGE in scores else ():
+            if row.id in scores:
+                row.found["mmedge_loses"] = asdict(Drop.between(scores[row.id], scores[MMEDGE], higher))
 
     def latency(self, rows: Sequence[Row], threads: int, timing: Timing) -> None:
         """All rows that run in one interleaved run per process; ratios to the float row and to mmedge's."""

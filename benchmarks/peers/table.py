@@ -48,7 +48,7 @@ def show(result: dict[str, Any]) -> None:
 def brief(paths: list[Path]) -> None:
     """One line per task and runtime: the float network, the fastest peer that keeps the accuracy, mmedge."""
     heads = ["task, runtime (threads)", "float", "fastest peer within the budget", "drop", "mmedge", "drop"]
-    heads += ["mmedge over that peer"]
+    heads += ["mmedge over that peer", "mmedge's drop less that peer's"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def again_line(task: str, run: dict[str, Any], rows: list[Row]) -> str:
     cells = [f"{task}, {run['runtime']} ({run['threads']}), {len(ratios)} processes", "–"]
     for row, label in ((best, f"{best['tool']} {best['variant']}: "), (ours, "")):
         cells += [f"{label}{np.median(row['p50_ms']):.2f} ms", f"{100 * lost[row['tool'], row['variant']]:.2f}"]
-    return f"| {' | '.join([*cells, f'{np.median(ratios):.2f}× ({low:.2f}–{high:.2f})'])} |"
+    return f"| {' | '.join([*cells, f'{np.median(ratios):.2f}× ({low:.2f}–{high:.2f})', '–'])} |"
 
 
 def brief_line(label: str, threads: str, reference: Row, best: Row, ours: Row) -> str:
@@ -90,8 +90,17 @@ def brief_line(label: str, threads: str, reference: Row, best: Row, ours: Row) -
         f"{ours['latency_ms'][threads]['p50']:.2f} ms",
         f"{100 * ours['drop']:.2f}",
         f"{1 / ratio['value']:.2f}× ({low:.2f}–{high:.2f})",
+        difference(best.get("mmedge_loses")),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def difference(found: dict[str, Any] | None) -> str:
+    """What mmedge loses against a row, in points, with its interval; a dash in result files without it."""
+    if not found:
+        return "–"
+    interval = " ({:.2f} to {:.2f})".format(*(100 * bound for bound in found["ci95"])) if found["ci95"] else ""
+    return f"{100 * found['value'] + 0.0:.2f}{interval}"
 
 
 def fastest(rows: list[Row], threads: str, max_drop: float) -> Row | None:

@@ -16,7 +16,7 @@ from mmedge.errors import StageError
 from mmedge.lower.export import onnx_of, write
 from mmedge.lower.shape import shape_for
 from mmedge.pipeline.folder import processors
-from mmedge.profile.accuracy import Accuracy, run_split
+from mmedge.profile.accuracy import run_split
 from mmedge.profile.latency import EngineRef, Series, interleaved
 from mmedge.progress import Progress
 from mmedge.stages.base import Judgement, Network
@@ -98,7 +98,7 @@ class Judge:
     def _value(self, folder: Path) -> float:
         with self.target.runner(folder, processors()) as run:
             answers = run_split(run, self.task, "calibration", "judging", progress=self.progress)
-        return Accuracy.of(answers, self.task).value
+        return self.task.score(answers.outputs, answers.targets)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mmedge.pipeline.folder import processors
 from mmedge.pipeline.line import Line, Step
 from mmedge.pipeline.rows import FIRST, NO_RAILS, NOT_YET, Timed, coverage_fields, timing_json, timings
 from mmedge.pipeline.twin import Engine, Settled, TwinRule
-from mmedge.profile.accuracy import Accuracy, modality_health, parity, run_split
+from mmedge.profile.accuracy import Accuracy, Drop, modality_health, parity, run_split
 from mmedge.profile.worker import SETTLE, TURN, write_arrays
 from mmedge.recipe import ProfileConfig, TwinConfig
 from mmedge.report.model import (
@@ -33,7 +33,7 @@ from mmedge.targets.base import Target
 from mmedge.task import Piece
 from mmedge.tensors import Array
 
-VERSION = 2  # raise it when a measurement changes: cached values expire
+VERSION = 3  # raise it when a measurement changes: cached values expire
 TIMED_SAMPLES = 16
 
 
@@ -45,7 +45,8 @@ class Measured:
     target: Target
     made: Engine  # what is shipped
     versions: Mapping[str, str]
-    accuracy: dict[str, Any] | None = None
+    accuracy: Accuracy | None = None
+    parity: dict[str, float] | None = None
     timing: dict[str, Any] | None = None
     why_not: str | None = None  # why the engine cannot run here
     settled: Settled | None = None  # of a Q/DQ network: why this is shipped, and its twin
@@ -79,7 +80,7 @@ class Measurements:
         self.cells[step.name, target.name] = cell
         self._keep_samples(step)
         if cell.why_not is None:
-            cell.accuracy = self._accuracy(step, made)
+            cell.accuracy, cell.parity = self._accuracy(step, made)
             if step.name not in self.health:
                 self.health[step.name] = self._health(cell)
         return cell
@@ -117,15 +118,16 @@ class Measurements:
             self.twin,
             self.profile.threads,
             self._samples(),
-            lambda step, engine: float(self._accuracy(step, engine)["value"]),
+            lambda step, engine: self._accuracy(step, engine)[0].value,
         )
 
-    def _accuracy(self, step: Step, engine: Engine) -> dict[str, Any]:
+    def _accuracy(self, step: Step, engine: Engine) -> tuple[Accuracy, dict[str, float]]:
         """The metric of an engine on the test split, and its parity with PyTorch's output of the same network."""
         inputs = {"engine": engine.artifact.digest, "task": self.line.task_digest, "evaluator": VERSION}
         inputs |= {"parity_samples": self.profile.parity_samples}
         name = f"{engine.artifact.manifest.name}-accuracy"
-        return self.line.store.values(name, inputs, lambda: self._run_test_split(step, engine))
+        found = self.line.store.values(name, inputs, lambda: self._run_test_split(step, engine))
+        return Accuracy.from_json(found["accuracy"]), found["parity"]
 
     def _run_test_split(self, step: Step, engine: Engine) -> dict[str, Any]:
         label = f"{step.name} on {engine.target.name}: accuracy"
@@ -134,15 +136,7 @@ class Measurements:
             answers = run_split(run, self.line.task, "test", label, progress=self.line.progress, first=count)
         found = Accuracy.of(answers, self.line.task)
         same = parity(self.line.reference(step, min(count, found.samples)), answers.first)
-        interval = list(found.ci95) if found.ci95 else None
-        return {
-            "value": found.value,
-            "samples": found.samples,
-            "ci95": interval,
-            "reason": found.reason,
-            "others": dict(found.others),
-            "parity": same,
-        }
+        return {"accuracy": found.as_json(), "parity": same}
 
     def _health(self, cell: Measured) -> dict[str, Any]:
         samples = self.profile.health_samples
@@ -271,7 +265,7 @@ class Measurements:
                 "size_bytes": size,
                 "shrink": first.engine.size_bytes() / size,
                 "accuracy": accuracy,
-                "parity": cell.accuracy["parity"] if cell.accuracy else None,
+                "parity": cell.parity,
                 "energy_mj": None,
                 "twin": self._twin_json(cell, reasons),
                 "components": cell.components,
@@ -286,20 +280,23 @@ class Measurements:
         if cell.accuracy is None or first.accuracy is None:
             reasons["accuracy"] = reasons["parity"] = cell.why_not or NOT_YET
             return None
-        sign = 1 if self.line.task.metric.higher_is_better else -1
+        found, higher = cell.accuracy, self.line.task.metric.higher_is_better
         parent = self.cells[cell.step.parent.name, cell.target.name].accuracy if cell.step.parent else None
+        drop = Drop.between(first.accuracy, found, higher)
         if parent is None:
-            reasons["accuracy.drop_vs_parent"] = FIRST
-        if cell.accuracy["ci95"] is None:
-            reasons["accuracy.ci95"] = cell.accuracy["reason"]
-        value = cell.accuracy["value"]
+            reasons["accuracy.drop_vs_parent"] = reasons["accuracy.drop_ci95"] = FIRST
+        elif drop.reason:
+            reasons["accuracy.drop_ci95"] = drop.reason
+        if found.reason:
+            reasons["accuracy.ci95"] = found.reason
         return {
-            "value": value,
-            "samples": cell.accuracy["samples"],
-            "ci95": cell.accuracy["ci95"],
-            "others": cell.accuracy["others"],
-            "drop": sign * (first.accuracy["value"] - value),
-            "drop_vs_parent": sign * (parent["value"] - value) if parent else None,
+            "value": found.value,
+            "samples": found.samples,
+            "ci95": found.ci95,
+            "others": found.others,
+            "drop": drop.value,
+            "drop_ci95": drop.ci95,
+            "drop_vs_parent": Drop.between(parent, found, higher).value if parent else None,
         }
 
     def _twin_json(self, cell: Measured, reasons: dict[str, str]) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ here means the same for all of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from mmedge.task import Batch, Split, Task
 from mmedge.tensors import Array, Arrays, blank, disturb
 
 RESAMPLES = 200
-FEWEST_SAMPLES = 30  # below, resampling says more about the resampling than about the model
-MOST_SAMPLES = 2000  # drawn per resample …
-MOST_BYTES = 16 << 20  # … and copied: outputs can be maps or images
+FEWEST = 30  # samples, or groups scored together; below, resampling says more about the resampling than about the model
+MOST_SAMPLES = 2000  # drawn per resample, if they are enough groups …
+MOST_VALUES = 4 << 20  # … and numbers copied: outputs can be maps or images
+DRIFT = 0.5  # standard deviations between the value and the resamples' mean; chance makes 0.07 of them
 
 Case = tuple[str, str]  # modality and what befell it
 _CLEAN: Case = ("all", "clean")
@@ -89,6 +90,41 @@ def run_split(
 
 
 @dataclass(frozen=True)
+class Resampled:
+    """A task's metric on resamples of the test samples.
+
+    Every engine of a task gets the same resamples, so that two engines can be compared on each.
+
+    Attributes:
+        scores: of each resample.
+        shrink: the spread of the metric over all samples, relative to that of the scores: sqrt(m / n) where a resample
+            draws m of n samples, as the spread of a mean is (m out of n bootstrap: Bickel, Goetze and van Zwet, 1997).
+    """
+
+    scores: tuple[float, ...]
+    shrink: float
+
+    def interval(self, value: float) -> tuple[float, float] | str:
+        """The 95 % interval of the metric, whose value over all samples is ``value``, or why there is none."""
+        low, high = (float(bound) for bound in np.quantile(self.scores, (0.025, 0.975)))
+        if low == high:
+            return "every resample scores the same"
+        return value + self.shrink * (low - value), value + self.shrink * (high - value)
+
+    def interval_of_difference(self, other: Resampled, difference: float) -> tuple[float, float] | str:
+        """The 95 % interval of this metric less another engine's, on the same samples, or why there is none.
+
+        Engines that were made from one another err on mostly the same samples, so their difference is known far better
+        than the metric of either. Normal, not by quantiles: where engines differ in one answer of thousands, quantiles
+        of resamples never reach the other side of zero.
+        """
+        if (len(self.scores), self.shrink) != (len(other.scores), other.shrink):
+            return "the engines were scored on different samples"
+        half = 1.96 * self.shrink * float(np.std(np.subtract(self.scores, other.scores)))
+        return (difference - half, difference + half) if half > 0 else "every resample gives the same difference"
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """A task's metric for one engine.
 
@@ -98,6 +134,7 @@ class Accuracy:
         ci95: 95 % interval for the choice of samples, None with a ``reason``.
         reason: why there is none.
         others: the task's further metrics, by name.
+        resampled: what intervals come from; None, with a ``reason``, where the samples cannot be resampled.
     """
 
     value: float
@@ -105,53 +142,89 @@ class Accuracy:
     ci95: tuple[float, float] | None
     reason: str | None = None
     others: Mapping[str, float] = field(default_factory=dict)
+    resampled: Resampled | None = None
 
     @classmethod
     def of(cls, answers: Outputs, task: Task, seed: int = 0) -> Accuracy:
-        """Score the answers and bootstrap over samples.
+        """Score the answers and bootstrap over samples, or over groups of them that are scored together.
 
         Each of 200 resamples draws m samples with replacement and is scored by the task. m is the number of samples n,
-        but at most 2,000 and at most what copies 16 MiB of outputs; the interval found is then shrunk towards the value
-        by sqrt(m / n), as the spread of a mean is. A metric that is no mean over samples (retrieval among the samples,
-        ranks) may break on resamples or drift off its value: then there is no interval.
+        but at most 2,000 (or 30 groups) and at most what copies 4 million numbers. A metric that is no mean over
+        samples (ranks, retrieval among all of them) may break on resamples or drift off its value: then there is no
+        interval.
 
         Raises:
             TaskError: the metric fails on the answers.
         """
         value = task.score(answers.outputs, answers.targets)
         others = {metric.name: task.score(answers.outputs, answers.targets, metric) for metric in task.also}
-        found = _bootstrap(answers, task, value, seed)
-        if isinstance(found, str):
-            return cls(value, len(answers), None, f"ci95: {found}", others)
-        return cls(value, len(answers), found, None, others)
+        drawn = _resample(answers, task, value, seed)
+        if isinstance(drawn, str):
+            return cls(value, len(answers), None, drawn, others)
+        found = drawn.interval(value)
+        interval, reason = (None, found) if isinstance(found, str) else (found, None)
+        return cls(value, len(answers), interval, reason, others, drawn)
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``from_json``."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Accuracy:
+        """What ``as_json`` wrote."""
+        interval, drawn = data["ci95"], data["resampled"]
+        resampled = Resampled(tuple(drawn["scores"]), drawn["shrink"]) if drawn else None
+        return cls(**{**data, "ci95": tuple(interval) if interval else None, "resampled": resampled})
 
 
-def _bootstrap(answers: Outputs, task: Task, value: float, seed: int) -> tuple[float, float] | str:
-    """The interval, or why there is none."""
-    count = len(answers)
+@dataclass(frozen=True)
+class Drop:
+    """What an engine loses against another on the same samples.
+
+    Attributes:
+        value: the difference of the metric, positive when worse, whichever way is better.
+        ci95: its 95 % interval for the choice of samples, None with a ``reason``.
+        reason: why there is none.
+    """
+
+    value: float
+    ci95: tuple[float, float] | None
+    reason: str | None = None
+
+    @classmethod
+    def between(cls, before: Accuracy, after: Accuracy, higher_is_better: bool) -> Drop:
+        """What ``after`` loses against ``before``."""
+        better, worse = (before, after) if higher_is_better else (after, before)
+        value = better.value - worse.value
+        if better.resampled is None or worse.resampled is None:
+            return cls(value, None, better.reason or worse.reason)
+        found = better.resampled.interval_of_difference(worse.resampled, value)
+        return cls(value, None, found) if isinstance(found, str) else cls(value, found)
+
+
+def _resample(answers: Outputs, task: Task, value: float, seed: int) -> Resampled | str:
+    """The metric on resamples, or why there are none; what is drawn depends on the samples alone, not on the engine."""
     taken = {name: answers.outputs[name] for name in task.scored(task.metric)}
-    arrays = (*taken.values(), answers.targets)
-    bytes_each = max(1, sum(array.nbytes for array in arrays) // count)
-    size = min(count, MOST_SAMPLES, MOST_BYTES // bytes_each)
-    if size < FEWEST_SAMPLES:
-        why = f"{count} samples" if size == count else f"outputs of {bytes_each >> 10} KiB per sample"
-        return f"{why}, resampling needs {FEWEST_SAMPLES} samples of at most {MOST_BYTES >> 20} MiB in all"
+    each = max(1, sum(array.size for array in (*taken.values(), answers.targets)) // len(answers))
+    together = task.metric.together
+    groups = len(answers) // together
+    size = min(groups, max(FEWEST, MOST_SAMPLES // together), MOST_VALUES // (each * together))
+    if size < FEWEST:
+        what = "samples" if together == 1 else f"groups of {together} samples"
+        why = f"{groups} {what}" if size == groups else f"outputs of {each} numbers per sample"
+        return f"{why}, resampling needs {FEWEST} {what} of at most {MOST_VALUES:,} numbers in all"
     rng = np.random.default_rng(seed)
     scores = []
     for _ in range(RESAMPLES):
-        rows = rng.integers(0, count, size)
+        rows = (rng.integers(0, groups, size)[:, None] * together + np.arange(together)).reshape(-1)
         drawn = {name: array[rows] for name, array in taken.items()}
         try:
             scores.append(task.score(drawn, answers.targets[rows]))
         except TaskError as err:
             return f"on resampled samples, the metric {err.problem}"
-    low, high = (float(bound) for bound in np.quantile(scores, (0.025, 0.975)))
-    if low == high:
-        return "every resample scores the same"
-    if not low <= value <= high:
+    if abs(float(np.mean(scores)) - value) > DRIFT * float(np.std(scores)):
         return "resamples do not score around the value: the metric is no mean over samples"
-    shrink = float(np.sqrt(size / count))
-    return value + shrink * (low - value), value + shrink * (high - value)
+    return Resampled(tuple(scores), float(np.sqrt(size / groups)))
 
 
 @dataclass(frozen=True)

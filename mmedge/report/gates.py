@@ -73,17 +73,18 @@ class _Measure(NamedTuple):
     path: str
     label: str
     unit: str = ""
+    ci95: str = ""  # the path of its interval, where it has one
 
 
 _MEASURES = {
-    "max_drop": _Measure("accuracy.drop", "the drop against the baseline"),
+    "max_drop": _Measure("accuracy.drop", "the drop against the baseline", "", "accuracy.drop_ci95"),
     "max_drop_vs_parent": _Measure("accuracy.drop_vs_parent", "the drop against the stage before"),
-    "min_speedup": _Measure("speedup.vs_baseline", "the speedup over the baseline", "×"),
+    "min_speedup": _Measure("speedup.vs_baseline", "the speedup over the baseline", "×", "speedup.ci95"),
     "min_speedup_vs_parent": _Measure("speedup.vs_parent", "the speedup over the stage before", "×"),
     "min_shrink": _Measure("shrink", "the size ratio to the baseline", "×"),
     "min_int8_coverage": _Measure("int8_coverage", "the INT8 coverage"),
     "max_reformats": _Measure("reformats", "the number of reformat kernels"),
-    "max_latency_ms.p50": _Measure("latency_ms.p50", "the p50 latency", " ms"),
+    "max_latency_ms.p50": _Measure("latency_ms.p50", "the p50 latency", " ms", "latency_ms.ci95"),
     "max_latency_ms.p90": _Measure("latency_ms.p90", "the p90 latency", " ms"),
     "max_latency_ms.p99": _Measure("latency_ms.p99", "the p99 latency", " ms"),
     "max_peak_memory_mib": _Measure("peak_memory_mib", "the peak memory", " MiB"),
@@ -166,9 +167,14 @@ def _flat(limits: Limits) -> Iterator[tuple[str, float]]:
 
 
 def _result_gate(name: str, limit: float, stage: Stage, result: Result) -> Gate:
-    path = _MEASURES[name].path
+    path, ci95 = _MEASURES[name].path, _MEASURES[name].ci95
     why = result.why(path) or _UNTOLD.get(path) or "no reason was recorded"
-    return _gate(name, stage.name, limit, result.value(path), why, result.target, result.precision)
+    gate = _gate(name, stage.name, limit, result.value(path), why, result.target, result.precision)
+    interval = result.interval(ci95) if ci95 else None
+    if gate.value is None or interval is None or not interval[0] < limit < interval[1]:
+        return gate
+    note = f"the limit lies within its 95 % interval, {interval[0]:.3g} to {interval[1]:.3g}: chance may have decided."
+    return gate.model_copy(update={"reason": f"{gate.reason.removesuffix('.')}; {note}"})
 
 
 def _modality_gate(name: str, limit: float, report: Report, stage: Stage) -> Gate:

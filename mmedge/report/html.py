@@ -21,6 +21,7 @@ from mmedge.report.values import (
     Scale,
     columns,
     digits,
+    drop_range,
     gate_value,
     health_cell,
     health_columns,
@@ -168,12 +169,12 @@ def _note(cell: Cell, notes: Notes) -> int:
 
 def _facts(report: Report, first: Result | None, last: Result) -> list[Fact]:
     by_path = {column.path: column for column in columns(report)}
-    ranged = speedup_range(last)
+    losses = [drop_range(last, Scale.of(report)), _scores(report, first, last)]
     details = {
-        "speedup.vs_baseline": ("speedup", f"95 % CI {ranged}" if ranged else ""),
+        "speedup.vs_baseline": ("speedup", speedup_range(last)),
         "latency_ms.p50": ("p50 latency", _was(by_path["latency_ms.p50"], first)),
         "shrink": ("smaller", _sizes(first, last)),
-        "accuracy.drop": (f"{report.task.metric.name} drop", _scores(report, first, last)),
+        "accuracy.drop": (f"{report.task.metric.name} drop", "; ".join(filter(None, losses))),
     }
     return [Fact(name, by_path[p].of(last), by_path[p].unit, detail) for p, (name, detail) in details.items()]
 

@@ -49,10 +49,19 @@ class Reasoned(Part):
 
     def value(self, name: str) -> float | None:
         """The number ``name`` (dotted), or None where it or the part that holds it is null."""
+        found = self._found(name)
+        return None if found is None else float(found)
+
+    def interval(self, name: str) -> Interval | None:
+        """The interval ``name`` (dotted), or None where it or the part that holds it is null."""
+        found: Interval | None = self._found(name)
+        return found
+
+    def _found(self, name: str) -> Any:
         found: Any = self
         for key in name.split("."):
             found = None if found is None else getattr(found, key)
-        return None if found is None else float(found)
+        return found
 
     def finite(self) -> Self:
         """A copy in which every field that holds NaN or infinity is null, with the reason beside it."""
@@ -76,6 +85,7 @@ class Accuracy(Part):
         samples: how many test samples it was computed from.
         ci95: 95 % confidence interval of ``value``.
         drop: absolute difference to the baseline on the same target, positive when worse, whichever way is better.
+        drop_ci95: 95 % confidence interval of ``drop``: both engines answered the same samples.
         drop_vs_parent: the same against the stage before.
         others: further metrics of the task, by name, in their own units.
     """
@@ -84,6 +94,7 @@ class Accuracy(Part):
     samples: int
     ci95: Interval | None
     drop: float | None
+    drop_ci95: Interval | None = None
     drop_vs_parent: float | None
     others: dict[str, float] = Field(default_factory=dict)
 
@@ -198,7 +209,7 @@ class Result(Reasoned):
         components: the network's parts as engines of their own, of the baseline and of the last stage.
     """
 
-    may_be_none = frozenset({"twin", "reformats", "parts_ms"})
+    may_be_none = frozenset({"twin", "reformats", "parts_ms", "drop_ci95"})  # the last: in earlier reports
 
     target: str
     precision: Precision

@@ -15,6 +15,7 @@ from mmedge.report.values import (
     Notes,
     Scale,
     columns,
+    drop_range,
     gate_value,
     health_cell,
     health_columns,
@@ -80,12 +81,13 @@ def _headline(report: Report, console: Console) -> None:
 def _in_short(report: Report, result: Result) -> str:
     by_path = {column.path: column for column in columns(report)}
     wanted = {"speedup.vs_baseline": "speedup", "shrink": "smaller", "accuracy.drop": "drop"}
+    doubts = {"speedup": speedup_range(result), "drop": drop_range(result, Scale.of(report))}
     parts: list[str] = []
     for path, name in wanted.items():
         cell = by_path[path].of(result)
         figure = "not measured" if cell.missing else with_unit(cell.text, by_path[path].unit)
-        doubt = speedup_range(result) if name == "speedup" else ""
-        parts.append(f"{name} {figure}" + (f" (95 % CI {doubt})" if doubt else ""))
+        doubt = doubts.get(name)
+        parts.append(f"{name} {figure}" + (f" ({doubt})" if doubt else ""))
     return ", ".join(parts)
 
 

@@ -213,4 +213,10 @@ def _gate_style(name: str, scale: Scale) -> tuple[Callable[[float], str], float,
 def speedup_range(result: Result) -> str:
     """The confidence interval of the speedup as text, or the empty string."""
     interval = result.speedup.ci95 if result.speedup else None
-    return f"{interval[0]:.2f}–{interval[1]:.2f}" if interval else ""
+    return f"95 % CI {interval[0]:.2f}–{interval[1]:.2f}" if interval else ""
+
+
+def drop_range(result: Result, scale: Scale) -> str:
+    """The confidence interval of the drop as text, or the empty string."""
+    interval = result.accuracy.drop_ci95 if result.accuracy else None
+    return f"95 % CI {scale.write(interval[0])} to {scale.write(interval[1])}" if interval else ""

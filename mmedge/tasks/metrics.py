@@ -94,24 +94,25 @@ def recall_at_k(first: str, second: str, k: int = 1, *, gallery: int | None = No
         gallery: search among so many consecutive pairs; by default among all.
 
     Returns:
-        A metric whose targets ``(n,)`` are equal where pairs match each other: an identifier of the pair. It is
-        torchmetrics' hit rate, which is what recall@k means where one match is enough.
+        A metric whose targets ``(n,)`` are equal where pairs match each other: an identifier of the pair. One match is
+        enough: torchmetrics calls it the hit rate, and computes it query by query, a hundred times as slowly.
     """
     if k < 1 or (gallery is not None and gallery < k):
         raise TaskError(f"recall@{k} in galleries of {gallery} pairs", fix="1 <= k <= gallery")
 
     def score(outputs: Mapping[str, Array], targets: Array) -> float:
-        from torchmetrics.functional.retrieval import retrieval_hit_rate
+        import torch
 
         one, other, ids = _output(outputs, first), _output(outputs, second), _column(targets, None)
-        hits = []
+        hits = 0
         for part in zip(*(tensor.split(gallery or len(ids)) for tensor in (one, other, ids)), strict=True):
             near, same = part[0] @ part[1].T, part[2][:, None] == part[2]
             for rows in (near, near.T):
-                hits += [retrieval_hit_rate(row, right, k) for row, right in zip(rows, same, strict=True)]
-        return sum(map(float, hits)) / len(hits)
+                nearest = rows.topk(min(k, len(rows))).indices
+                hits += int(torch.take_along_dim(same, nearest, 1).any(1).sum())
+        return hits / (2 * len(ids))
 
-    return Metric(f"recall@{k}", score, outputs=(first, second))
+    return Metric(f"recall@{k}", score, outputs=(first, second), together=gallery or 1)
 
 
 def _classification(

@@ -65,7 +65,7 @@ def task() -> Task:
         outputs=("image_embedding", "text_embedding"),
         batches=batches,
         loss=loss,
-        metric=Metric("recall@1", data.recall_at_1),
+        metric=Metric("recall@1", data.recall_at_1, together=data.GALLERY),
         student=student,
         components=(
             Component("image", ("image",), ("image_embedding",)),
