@@ -233,6 +233,11 @@ def test_health_shows_which_modality_carries_the_model() -> None:
     assert 0.5 < reader.modalities["text"]["noisy"] < 1.0
 
 
+def test_health_scores_whole_galleries() -> None:
+    task = two_towers((64, 64, 64), metric=Metric("accuracy", accuracy, together=50))
+    assert [modality_health(fuse, task, limit).samples for limit in (50, 101)] == [50, 150]
+
+
 def test_health_disturbs_every_engine_alike() -> None:
     seen: list[list[np.ndarray]] = []
 

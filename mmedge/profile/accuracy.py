@@ -245,6 +245,7 @@ class Health:
 def modality_health(runner: Runner, task: Task, limit: int, seed: int = 0, label: str = "modality health") -> Health:
     """Score the first ``limit`` test samples as they are, and with each modality missing and noisy.
 
+    ``limit`` is rounded up to whole groups of samples that the metric scores with each other.
     Missing inputs hold their declared fill value; see ``tensors.disturb`` for the noise. It depends on ``seed``, the
     batch and the modality alone, so every engine and every stage gets the same.
 
@@ -253,6 +254,7 @@ def modality_health(runner: Runner, task: Task, limit: int, seed: int = 0, label
     """
     kept = task.scored(task.metric)
     parts: dict[Case, list[Outputs]] = {}
+    limit += -limit % task.metric.together
     for index, batch in enumerate(_first(task, "test", limit)):
         for case, inputs in _cases(task, batch.inputs, (seed, index)):
             where = f"{label}: test batch {index}, {' '.join(case)}"
