@@ -96,11 +96,18 @@ def compare(spec: str, peers: Sequence[Peer], cache: Path, options: argparse.Nam
         for threads in options.threads:
             bench.latency(group, threads, timing)
         done += group
+        write_result(ground, done, timing, time.monotonic() - started, options)
+
+
+def write_result(
+    ground: Ground, rows: Sequence[Row], timing: Timing, seconds: float, options: argparse.Namespace
+) -> None:
+    """The result file of a task, with the rows that are measured so far."""
     facts = {
         "schema": 1,
         "command": shlex.join(["python", "benchmarks/peers/run.py", *sys.argv[1:]]),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "wall_s": round(time.monotonic() - started),
+        "wall_s": round(seconds),
         "machine": {
             "cpu": cpu_name(),
             "processors": processors(),
@@ -110,7 +117,7 @@ def compare(spec: str, peers: Sequence[Peer], cache: Path, options: argparse.Nam
         "task": {"name": ground.task.name, "metric": ground.task.metric.name, "calibration_samples": options.samples},
         "max_drop": options.max_drop,
         "timing": vars(timing) | {"threads": options.threads},
-        "rows": [row.as_json() for row in done],
+        "rows": [row.as_json() for row in rows],
     }
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"peers-{ground.task.name}.json"
