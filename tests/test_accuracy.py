@@ -120,6 +120,8 @@ def test_accuracy_without_an_honest_interval_says_why() -> None:
     assert (few.ci95, few.samples) == (None, 12)
     assert "12 samples" in (few.reason or "")
     assert "the same" in (Accuracy.of(answers_with(1.0, 100, rng), two_towers()).reason or "")
+    constant = two_towers(metric=Metric("constant", lambda out, targets: 0.9935))  # a mean of 200 is off by rounding
+    assert "the same" in (Accuracy.of(answers_with(0.8, 100, rng), constant).reason or "")
     big = Outputs({"logits": np.zeros((40, 2, 1 << 17), np.float32)}, np.zeros(40, np.int64))
     mean = two_towers(metric=Metric("mean", lambda out, targets: float(out["logits"][:, 0, 0].mean())))
     assert "262145 numbers per sample" in (Accuracy.of(big, mean).reason or "")

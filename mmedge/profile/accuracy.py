@@ -22,6 +22,7 @@ RESAMPLES = 200
 FEWEST = 30  # samples, or groups scored together; below, resampling says more about the resampling than about the model
 MOST_SAMPLES = 2000  # drawn per resample, if they are enough groups …
 MOST_VALUES = 4 << 20  # … and numbers copied: outputs can be maps or images
+ROUNDING = 1e-9  # relative, of a mean of equal scores
 DRIFT = 0.5  # standard deviations between the value and the resamples' mean; chance makes 0.07 of them
 
 Case = tuple[str, str]  # modality and what befell it
@@ -222,7 +223,7 @@ def _resample(answers: Outputs, task: Task, value: float, seed: int) -> Resample
             scores.append(task.score(drawn, answers.targets[rows]))
         except TaskError as err:
             return f"on resampled samples, the metric {err.problem}"
-    if abs(float(np.mean(scores)) - value) > DRIFT * float(np.std(scores)):
+    if abs(float(np.mean(scores)) - value) > DRIFT * float(np.std(scores)) + ROUNDING * abs(value):
         return "resamples do not score around the value: the metric is no mean over samples"
     return Resampled(tuple(scores), float(np.sqrt(size / groups)))
 
