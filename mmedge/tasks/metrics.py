@@ -95,7 +95,7 @@ def recall_at_k(first: str, second: str, k: int = 1, *, gallery: int | None = No
 
     Returns:
         A metric whose targets ``(n,)`` are equal where pairs match each other: an identifier of the pair. One match is
-        enough: torchmetrics calls it the hit rate, and computes it query by query, a hundred times as slowly.
+        enough: torchmetrics calls it the hit rate, and computes it query by query, forty times as slowly.
     """
     if k < 1 or (gallery is not None and gallery < k):
         raise TaskError(f"recall@{k} in galleries of {gallery} pairs", fix="1 <= k <= gallery")
