@@ -82,13 +82,13 @@ def alone(spec: str, samples: int) -> dict[str, float]:
     import torch
 
     from mmedge import plugins
+    from mmedge.loading import load_task
     from mmedge.progress import Progress
     from mmedge.stages.base import Network
     from mmedge.stages.quantization.calibration import Calibration, statistics
     from mmedge.stages.quantization.prepared import measure_weights
     from mmedge.stages.quantization.ranges import set_ranges
     from mmedge.stages.quantize import prepare
-    from mmedge.task import load_task
 
     task = load_task(spec, plugins.loaders("task"))
     started = time.perf_counter()

@@ -77,9 +77,10 @@ def agreement(spec: str, artifacts: Path, stage: str) -> dict[str, float]:
     import onnx_ir as ir
     import onnxruntime
 
+    from mmedge.loading import load_task
     from mmedge.lower.cut import cut
     from mmedge.profile.accuracy import parity
-    from mmedge.task import Component, load_task
+    from mmedge.task import Component
 
     task = load_task(spec, {})
     (graph,), (kept,) = artifacts.glob(f"{stage}-onnx-*/model.onnx"), artifacts.glob(f"{stage}-samples-*")

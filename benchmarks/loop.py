@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmedge import plugins
+from mmedge.loading import load_task
 from mmedge.pipeline.environment import cpu_name
 from mmedge.profile.statistics import Speedup
 from mmedge.report.model import Report
 from mmedge.targets.base import Runner
-from mmedge.task import load_task
 from mmedge.tensors import Array
 
 RESULTS = Path(__file__).parent / "results"

@@ -34,7 +34,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file that `mmedge task new` writes, with its checkpoint beside it."""
     path = tmp_path_factory.mktemp("task") / "my_task.py"
     shutil.copy(str(files("mmedge.tasks") / "template.py"), path)
-    from mmedge.task import load_task
+    from mmedge.loading import load_task
 
     load_task(f"{path}:task", {})
     return path
@@ -43,7 +43,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_task(template: Path):
     """The template's task, loaded anew."""
-    from mmedge.task import load_task
+    from mmedge.loading import load_task
 
     return load_task(f"{template}:task", {})
 

@@ -23,6 +23,7 @@ LAYERS = (
     ("errors", "tensors", "progress"),
     ("artifact",),
     ("task",),
+    ("loading",),
     ("stages", "targets", "tasks"),
     ("lower",),
     ("profile", "report"),

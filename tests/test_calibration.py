@@ -100,7 +100,7 @@ def seen_of(prepared) -> Callable[..., Seen]:
 @pytest.fixture(scope="module")
 def two_towers(template):
     """The template's network, prepared: convolutions, poolings and a concatenation with a shared range."""
-    from mmedge.task import load_task
+    from mmedge.loading import load_task
 
     task = load_task(f"{template}:task", {})
     task.model.eval()

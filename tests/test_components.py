@@ -14,6 +14,7 @@ from torch import nn
 
 from mmedge import plugins
 from mmedge.errors import StageError, TaskError
+from mmedge.loading import check_declarations
 from mmedge.lower.cut import cut, specs_of
 from mmedge.lower.export import onnx_of
 from mmedge.pipeline.compress import Job, compress
@@ -24,7 +25,7 @@ from mmedge.report.html import render
 from mmedge.report.model import Report, Result
 from mmedge.report.terminal import show
 from mmedge.stages.base import Network
-from mmedge.task import Batch, Component, Metric, Task, check_declarations
+from mmedge.task import Batch, Component, Metric, Task
 from mmedge.tensors import TensorSpec
 
 HERE = f"{Path(__file__).resolve()}:task"

@@ -20,7 +20,7 @@ from hf_models import COLOURS, made
 from safetensors.torch import load_file, save_file
 
 from mmedge.errors import TaskError, UsageError
-from mmedge.task import load_task
+from mmedge.loading import load_task
 from mmedge.tasks.hf.checkpoint import quiet
 from mmedge.tasks.hf.options import Options, parse
 

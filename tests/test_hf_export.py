@@ -16,10 +16,11 @@ import torch
 from command import mmedge
 from hf_models import made
 
+from mmedge.loading import load_task
 from mmedge.lower.cut import cut
 from mmedge.lower.export import onnx_of, write
 from mmedge.stages.base import Network, as_tensors, outputs_of
-from mmedge.task import Batch, Task, load_task
+from mmedge.task import Batch, Task
 from mmedge.tasks.hf.checkpoint import open_checkpoint, quiet
 
 

@@ -17,9 +17,10 @@ import transformers as tf
 from datasets import Dataset, DatasetDict, load_from_disk
 from hf_models import COLOURS, END, PAD, START, made
 
+from mmedge.loading import load_task
 from mmedge.pipeline.check import check_model, check_repeatable, check_splits, digest_of_task
 from mmedge.stages.base import as_tensors, outputs_of
-from mmedge.task import Batch, Task, load_task
+from mmedge.task import Batch, Task
 from mmedge.tasks.hf.checkpoint import open_checkpoint, quiet
 from mmedge.tasks.hf.families import FAMILIES, IGNORED, family_of, onnx_config_of, recall_at_1, token_accuracy
 

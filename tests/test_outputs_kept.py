@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmedge.errors import TaskError
+from mmedge.loading import check_declarations
 from mmedge.pipeline.check import check_model
 from mmedge.profile.accuracy import Accuracy, modality_health, run_split
 from mmedge.progress import Progress
 from mmedge.stages.base import Context, Network
 from mmedge.stages.distill import Distill
-from mmedge.task import Batch, Metric, Split, Task, accuracy, check_declarations
+from mmedge.task import Batch, Metric, Split, Task, accuracy
 from mmedge.tasks import metrics
 from mmedge.tensors import TensorSpec
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from mmedge.artifact import load_artifact
 from mmedge.errors import StageError, TaskError, UsageError
+from mmedge.loading import check_declarations
 from mmedge.lower.step import check, piece_of, step_of
 from mmedge.pipeline.compress import Job, compress
 from mmedge.pipeline.device import build_here
@@ -24,7 +25,7 @@ from mmedge.progress import Progress
 from mmedge.recipe import Recipe
 from mmedge.targets.decoding import Cache, Decoding, greedy
 from mmedge.targets.onnxruntime import OnnxRuntime
-from mmedge.task import Batch, Component, Metric, Task, check_declarations
+from mmedge.task import Batch, Component, Metric, Task
 from mmedge.tensors import Array, TensorSpec
 
 HERE = f"{Path(__file__).resolve()}:writer"

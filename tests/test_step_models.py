@@ -11,12 +11,13 @@ from decoders import Engines, expected, exported
 from families import context_of, prune
 
 from mmedge import plugins
+from mmedge.loading import load_task
 from mmedge.stages.base import Network
 from mmedge.stages.quantize import Quantize
 from mmedge.targets.decoding import Decoding, greedy
 from mmedge.targets.onnxruntime import OnnxRuntime
 from mmedge.targets.openvino import OpenVino
-from mmedge.task import Batch, Task, load_task
+from mmedge.task import Batch, Task
 from mmedge.tasks import captions
 from mmedge.tasks.captions import data
 from mmedge.tensors import Array

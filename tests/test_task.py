@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmedge.errors import TaskError
-from mmedge.task import Task, load_task, load_weights
+from mmedge.loading import load_task
+from mmedge.task import Task, load_weights
 
 GOOD = '''
 import numpy as np

@@ -369,7 +369,7 @@ def test_a_search_finds_the_layer_that_int8_breaks(small_task) -> None:
 @pytest.fixture(scope="module")
 def x86(template):
     """A task, its traced network and calibration batches."""
-    from mmedge.task import load_task
+    from mmedge.loading import load_task
 
     task = load_task(f"{template}:task", {})
     batches = [as_tensors(batch.inputs) for batch in task.stream("calibration")]

@@ -30,9 +30,9 @@ from peers import RUNTIMES, Runtime  # noqa: E402
 from table import able, setting, speedup  # noqa: E402
 
 from mmedge import plugins  # noqa: E402
+from mmedge.loading import load_task  # noqa: E402
 from mmedge.pipeline.environment import cpu_name  # noqa: E402
 from mmedge.progress import Progress  # noqa: E402
-from mmedge.task import load_task  # noqa: E402
 
 CLOSE = 1.25
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from mmedge import plugins
+from mmedge.loading import load_task
 from mmedge.lower.export import archive_of, onnx_of, write
 from mmedge.profile.worker import write_arrays
 from mmedge.stages.base import Network
-from mmedge.task import Task, load_task
+from mmedge.task import Task
 from mmedge.tensors import Arrays
 
 NOTE = "ground.json"

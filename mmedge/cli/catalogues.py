@@ -107,8 +107,8 @@ def task_check(spec: str, as_json: bool, quiet: bool, verbose: bool) -> None:
     require_workstation()
     from mmedge import plugins
     from mmedge.cli.console import progress_for
+    from mmedge.loading import load_task
     from mmedge.pipeline.check import check_export, check_model, check_repeatable, check_splits
-    from mmedge.task import load_task
 
     progress = progress_for(quiet)
     found = load_task(spec, plugins.loaders("task"))

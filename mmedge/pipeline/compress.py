@@ -14,6 +14,7 @@ import torch
 from mmedge import plugins
 from mmedge.artifact import Store, load_artifact
 from mmedge.errors import TargetError
+from mmedge.loading import load_task
 from mmedge.pipeline.check import check_model, check_splits, digest_of_task
 from mmedge.pipeline.device import judged, with_devices
 from mmedge.pipeline.environment import environment
@@ -29,7 +30,7 @@ from mmedge.report.html import write_html
 from mmedge.report.model import Gate, Input, MetricInfo, Report, TaskInfo
 from mmedge.stages.base import Context, Network
 from mmedge.targets.base import Target
-from mmedge.task import Task, load_task
+from mmedge.task import Task
 
 QUICK_CHECK = 2000  # samples per split that are compared for overlap before work starts
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from mmedge.errors import MmedgeError, TaskError, UsageError, unknown
-from mmedge.task import SPLITS, Batch, Split, function_of
+from mmedge.loading import function_of
+from mmedge.task import SPLITS, Batch, Split
 from mmedge.tasks.hf.checkpoint import quiet
 from mmedge.tasks.hf.options import Options
 
