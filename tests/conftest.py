@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -27,6 +28,28 @@ def _configuration_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterat
         del os.environ["XDG_CONFIG_HOME"]
     else:
         os.environ["XDG_CONFIG_HOME"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_warm_up() -> Iterator[None]:
+    """Half a second per engine and process is for latencies that somebody reads."""
+    from mmedge.profile.latency import interleaved
+
+    defaults = interleaved.__kwdefaults__
+    before, defaults["warmup_s"] = defaults["warmup_s"], 0.02
+    yield
+    defaults["warmup_s"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _operators_parsed_once() -> Iterator[None]:
+    """PyTorch's exporter parses its library of operators anew for every graph: a third of the time of a small one."""
+    from torch.onnx._internal.exporter import _registration
+
+    with pytest.MonkeyPatch.context() as patch:
+        if library := getattr(_registration, "onnxscript_apis", None):
+            patch.setattr(library, "get_torchlib_ops", cache(library.get_torchlib_ops))
+        yield
 
 
 @pytest.fixture(scope="session")

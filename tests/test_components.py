@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -175,13 +176,21 @@ def test_a_device_builds_and_measures_the_components_as_well(tmp_path) -> None:
         assert all(part.parity.cosine > 0.99 and part.latency_ms for part in here.components)
 
 
+@pytest.fixture(scope="module")
+def workstation(tmp_path_factory) -> Path:
+    """A run whose INT8 engine may give way to its twin."""
+    folder = tmp_path_factory.mktemp("workstation") / "run"
+    quantize = {"quantize": {"calibration": {"samples": 32, "observer": "minmax"}}}
+    run(folder, ["openvino"], [quantize], min_speedup=1.0)
+    return folder
+
+
 @pytest.mark.parametrize("favourite", ["fp32", "bf16", "int8 fp32", "int8 bf16"])
-def test_a_device_that_ships_another_form_has_its_components_too(tmp_path, monkeypatch, favourite) -> None:
+def test_a_device_that_ships_another_form_has_its_components_too(workstation, tmp_path, monkeypatch, favourite) -> None:
     forms = {form.float_name for form in plugins.target("openvino").forms()}
     if favourite.removeprefix("int8 ") not in forms:
         pytest.skip("this processor does not multiply bfloat16")
-    quantize = {"quantize": {"calibration": {"samples": 32, "observer": "minmax"}}}
-    run(tmp_path / "run", ["openvino"], [quantize], min_speedup=1.0)
+    shutil.copytree(workstation, tmp_path / "run")
     monkeypatch.setattr(_Device, "_quick", lambda _, engines: {name: float(name != favourite) + 1 for name in engines})
     report, _ = build_here(tmp_path / "run", "openvino", "mmedge build …", Progress(), again=True)
     result = result_of(report, 1, "openvino")

@@ -29,7 +29,7 @@ stages:
   - prune: {{width: 0.5, round_to: 8}}
   - distill: {{epochs: 2, samples: 512}}
   - quantize: {{calibration: {{samples: 128}}}}
-twin: {{min_speedup: 0, max_drop: 1}}  # so small a network gains nothing from INT8
+twin: {{min_speedup: 0, max_drop: 1, queries: 64}}  # so small a network gains nothing from INT8
 profile: {{queries: 70, health_samples: 128}}
 gates: {{max_drop: 0.05, after: {{quantize: {{max_drop_vs_parent: 0.05}}}}}}
 """

@@ -33,10 +33,10 @@ from peers import PEERS, RUNTIMES, Runtime, convert  # noqa: E402
 from table import fastest, setting  # noqa: E402
 
 from mmedge import plugins  # noqa: E402
+from mmedge.cli.console import progress_for  # noqa: E402
 from mmedge.pipeline.environment import cpu_name  # noqa: E402
 from mmedge.pipeline.folder import processors  # noqa: E402
 from mmedge.profile.accuracy import Outputs, run_split  # noqa: E402
-from mmedge.progress import Progress  # noqa: E402
 from mmedge.stages.base import as_tensors  # noqa: E402
 from mmedge.task import Batch, Split, Task  # noqa: E402
 
@@ -133,7 +133,7 @@ def answers(row: Row, task: Task) -> Outputs:
     """What a model says to all samples."""
     assert row.folder is not None
     with plugins.target(row.engine.target).runner(row.folder, processors()) as run:
-        return run_split(run, task, "test", row.id, progress=Progress())
+        return run_split(run, task, "test", row.id, progress=progress_for(quiet=False))
 
 
 def parts(found: Outputs, task: Task) -> np.ndarray:
