@@ -15,6 +15,7 @@ import pytest
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # A process per processor runs tests: threads of one would wait for those of another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # those of commands must not spin while they wait
 os.environ.pop("COLUMNS", None)  # what is printed is tested at the width of a pipe, wherever tests are started
 
 
@@ -39,6 +40,17 @@ def _short_warm_up() -> Iterator[None]:
     before, defaults["warmup_s"] = defaults["warmup_s"], 0.02
     yield
     defaults["warmup_s"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_thread_per_process() -> Iterator[None]:
+    """What a compression takes, all processors, it would take from other tests and keep: twice as many as there are."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
+            patch.setattr(torch, "set_num_threads", lambda threads: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

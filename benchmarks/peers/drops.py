@@ -68,7 +68,13 @@ def main() -> int:
             if peer is None:
                 continue
             rows = counted(models(peer, runtime, ground, options.cache.resolve()), task)
-            facts[runtime] = {"command": command, "cpu": cpu_name(), "samples": options.samples, "rows": rows}
+            facts[runtime] = {
+                "command": command,
+                "cpu": cpu_name(),
+                "calibration_samples": found["task"]["calibration_samples"],
+                "samples": options.samples,
+                "rows": rows,
+            }
             path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             print(f"wrote {path}, {runtime} in it", flush=True)
     return 0
