@@ -43,14 +43,19 @@ def _short_warm_up() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _a_thread_per_process() -> Iterator[None]:
-    """What a compression takes, all processors, it would take from other tests and keep: twice as many as there are."""
+def threads_at_first() -> int:
+    """How many PyTorch begins with."""
     import torch
 
-    with pytest.MonkeyPatch.context() as patch:
-        if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") != "1":
-            patch.setattr(torch, "set_num_threads", lambda threads: None)
-        yield
+    return torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def _threads_given_back(threads_at_first: int) -> None:
+    """A compression takes all processors and keeps them; the next test shares them with other processes."""
+    import torch
+
+    torch.set_num_threads(threads_at_first)
 
 
 @pytest.fixture(scope="session", autouse=True)
