@@ -3,7 +3,8 @@
 On 4,000 test samples the losses of good INT8 networks differ by a few answers, less than chance. This counts the float
 network's, mmedge's and the fastest peer's right answers on as many samples as asked for, drawn like the training split
 by a seed nothing was trained or calibrated with, and takes the task's own loss function of all of them, which also
-tells apart what changes no answer. Which peer is the fastest it takes from ``run.py``'s result files, and the peer's
+tells apart what changes no answer; of retrieval also what galleries cut otherwise would say, of these samples and of
+the test split. Which peer is the fastest it takes from ``run.py``'s result files, and the peer's
 model from its cache, or it makes it there; mmedge's are made anew. The result file keeps what it has of other runtimes.
 Only for tasks that draw their scenes: others have no such samples.
 """
@@ -25,6 +26,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "plugin"))
 
+from galleries import Galleries, all_galleries  # noqa: E402
 from ground import NOTE, Ground, prepare  # noqa: E402
 from measure import FP32, MMEDGE, Row  # noqa: E402
 from ours import compress  # noqa: E402
@@ -44,6 +46,7 @@ RESULTS = HERE.parent / "results"
 TASKS = ("scene_clip", "scene_vqa")
 SEED = 1_000_000
 PART = 100  # samples scored together: scene_clip's galleries
+EMBEDDINGS = {"image_embedding", "text_embedding"}
 
 
 def main() -> int:
@@ -67,13 +70,14 @@ def main() -> int:
             peer = fastest([row for row in found["rows"] if row["runtime"] == runtime], "1", found["max_drop"])
             if peer is None:
                 continue
-            rows = counted(models(peer, runtime, ground, options.cache.resolve()), task)
+            rows = models(peer, runtime, ground, options.cache.resolve())
             facts[runtime] = {
                 "command": command,
                 "cpu": cpu_name(),
                 "calibration_samples": found["task"]["calibration_samples"],
                 "samples": options.samples,
-                "rows": rows,
+                "test_split": counted(rows, ground.task),
+                "rows": counted(rows, task),
             }
             path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             print(f"wrote {path}, {runtime} in it", flush=True)
@@ -115,19 +119,32 @@ def models(peer: dict[str, Any], runtime: Runtime, ground: Ground, cache: Path) 
 
 def counted(rows: list[Row], task: Task) -> list[dict[str, Any]]:
     """The value of every model, and what it loses against the float network, the first, and against the peer."""
-    scores = {row.id: parts(answers(row, task), task) for row in rows}
-    exact, peer = (scores[row.id] for row in rows[:2])
+    said = {row.id: answers(row, task) for row in rows}
+    scores = {model: parts(found, task) for model, found in said.items()}
+    drawn = {model: galleries(found) for model, found in said.items()} if set(task.outputs) == EMBEDDINGS else {}
+    exact, peer = (row.id for row in rows[:2])
     made = []
     for row in rows:
         (value, loss), line = scores[row.id].T, {"model": row.id}
-        line |= {"value": float(value.mean()), **paired("drop", exact[:, 0] - value)}
-        line |= {"loss": float(loss.mean()), **paired("rise_of_loss", loss - exact[:, 1])}
-        if row.tool == MMEDGE:
-            line |= paired("drop_more_than_peer", peer[:, 0] - value)
-            line |= paired("rise_of_loss_more_than_peer", loss - peer[:, 1])
+        against = {"drop": exact} | ({"drop_more_than_peer": peer} if row.tool == MMEDGE else {})
+        line |= {"value": float(value.mean()), "loss": float(loss.mean())}
+        for name, other in against.items():
+            line |= paired(name, scores[other][:, 0] - value)
+            line |= paired(name.replace("drop", "rise_of_loss"), loss - scores[other][:, 1])
+        if drawn:
+            line["all_galleries"] = {"value": drawn[row.id].value}
+            for name, other in against.items():
+                lost, half = drawn[other].drop(drawn[row.id])
+                line["all_galleries"] |= {name: lost, f"{name}_ci95_half": half}
         made.append(line)
         print(json.dumps(line), flush=True)
     return made
+
+
+def galleries(found: Outputs) -> Galleries:
+    """What galleries of all samples would say, not only of those that follow each other."""
+    images, texts = (found.outputs[name] for name in ("image_embedding", "text_embedding"))
+    return all_galleries(images, texts, found.targets, PART)
 
 
 def paired(name: str, lost: np.ndarray) -> dict[str, float]:
