@@ -21,7 +21,9 @@ from cuda_standin import DESCRIPTION, Cache, Device, Engine, Status, tensorrt
 from mmedge.errors import TargetError
 from mmedge.targets.checked import checked
 from mmedge.targets.tensorrt import execution as module
-from mmedge.targets.tensorrt.execution import Execution, execution, plan_buffers, shape_at
+from mmedge.targets.tensorrt.cuda import cuda_runtime
+from mmedge.targets.tensorrt.execution import Execution, execution
+from mmedge.targets.tensorrt.lane import plan_buffers, shape_at
 
 
 def sample(batch: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -77,7 +79,7 @@ def test_missing_cuda_python_says_which_one(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(TargetError, match=r'needs CUDA Python.*\n.*"cuda-bindings>=12.8,<13" for CUDA 12') as caught:
-        module.cuda_runtime()
+        cuda_runtime()
     assert caught.value.exit_status == 4
 
 
@@ -87,7 +89,7 @@ def test_no_driver_by_the_real_package() -> None:
     if runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess:
         pytest.skip("there is a GPU here")
     with pytest.raises(TargetError, match="no NVIDIA driver here") as caught:
-        module.cuda_runtime()
+        cuda_runtime()
     assert caught.value.exit_status == 4
 
 
@@ -116,7 +118,7 @@ def test_what_is_missing_is_named(
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setattr(sys.modules["cuda.bindings"], "runtime", runtime, raising=False)
     with pytest.raises(TargetError, match=message):
-        module.cuda_runtime()
+        cuda_runtime()
 
 
 # --- against the stand-in

@@ -5,15 +5,12 @@ GPU**. Looked up without one: every name and the form of every answer in ``cuda-
 ``tensorrt_rtx`` 1.7, and those of TensorRT 11.4 in its Python bindings. The order of calls is tested against a device
 made of host memory.
 
-What is timed as one query: arrays into page-locked memory, from there to the device, the engine, and back.
+``lane`` has what one query is and how it is timed, ``cuda`` the questions to CUDA.
 """
 
 from __future__ import annotations
 
-import ctypes
-import math
 import queue
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -22,13 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from mmedge.errors import TargetError, unknown
+from mmedge.errors import TargetError
+from mmedge.targets.tensorrt.cuda import cuda_runtime, sm_of_gpu
+from mmedge.targets.tensorrt.lane import Lane
 from mmedge.tensors import Array
-
-ALIGNMENT = 256  # bytes: what TensorRT asks of the addresses of tensors
-_BINDINGS = 'pip install "cuda-bindings>=12.8,<13" for CUDA 12 (JetPack 6), "cuda-bindings>=13" for CUDA 13'
-
-Shapes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -46,29 +40,6 @@ class Timing:
     device_ms: float
     d2h_ms: float
     wall_ms: float
-
-
-def shape_at(tensor: Mapping[str, Any], batch: int) -> tuple[int, ...]:
-    """The shape of a described tensor at one batch size: a name in its shape stands for the batch."""
-    return tuple(size if isinstance(size, int) else batch for size in tensor["shape"])
-
-
-def plan_buffers(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[dict[str, int], int]:
-    """Where tensors lie in one piece of memory.
-
-    Args:
-        tensors: largest shape and numpy dtype by name.
-
-    Returns:
-        Offset of each in bytes, a multiple of ``ALIGNMENT``, and the bytes needed for all.
-    """
-    offsets: dict[str, int] = {}
-    end = 0
-    for name, (shape, dtype) in tensors.items():
-        offsets[name] = end
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        end += -(-size // ALIGNMENT) * ALIGNMENT
-    return offsets, max(end, ALIGNMENT)
 
 
 @contextmanager
@@ -109,7 +80,7 @@ def execution(
     with ExitStack() as stack:
         maker = stack.enter_context(_context_maker(trt, engine, runtime_cache, graphs, log))
         capture = graphs and not hasattr(trt, "CudaGraphStrategy")  # RTX captures by itself
-        lanes = [_Lane(cuda, stack, maker, description, capture, log) for _ in range(contexts)]
+        lanes = [Lane(cuda, stack, maker, description, capture, log) for _ in range(contexts)]
         running = Execution(lanes)
         stack.callback(running.close)  # before anything is freed
         yield running
@@ -118,9 +89,9 @@ def execution(
 class Execution:
     """A loaded engine. Calls may come from several threads; each takes a free execution context or waits for one."""
 
-    def __init__(self, lanes: list[_Lane]) -> None:
+    def __init__(self, lanes: list[Lane]) -> None:
         self._lanes = lanes
-        self._free: queue.LifoQueue[_Lane | None] = queue.LifoQueue()  # the last used one has its shapes set
+        self._free: queue.LifoQueue[Lane | None] = queue.LifoQueue()  # the last used one has its shapes set
         for lane in lanes:
             self._free.put(lane)
 
@@ -151,7 +122,7 @@ class Execution:
         self._free.put(None)
 
     @contextmanager
-    def _lane(self) -> Iterator[_Lane]:
+    def _lane(self) -> Iterator[Lane]:
         lane = self._free.get()
         try:
             if lane is None:
@@ -159,229 +130,6 @@ class Execution:
             yield lane
         finally:
             self._free.put(lane)
-
-
-@dataclass
-class _Bound:
-    """What is ready for one set of input shapes: views of page-locked memory, and the graph if there is one."""
-
-    context: Any
-    inputs: dict[str, Array]
-    outputs: dict[str, Array]
-    graph: Any = None
-
-
-class _Lane:
-    """One query at a time: execution context, stream, memory on both sides, and what was captured.
-
-    Memory is allocated once, for the largest batch; smaller ones use the front of each buffer.
-    """
-
-    def __init__(
-        self,
-        cuda: Any,
-        stack: ExitStack,
-        new_context: Callable[[], Any],
-        description: Mapping[str, Any],
-        capture: bool,
-        log: Any,
-    ) -> None:
-        self.cuda, self.new_context, self.description, self.log = cuda, new_context, description, log
-        self.capture = capture
-        self.no_graph: str | None = None
-        self.bounds: dict[Shapes, _Bound] = {}
-        self.current: _Bound | None = None
-        self.names = [tensor["name"] for tensor in description["inputs"]]
-        self.dtypes = {each["name"]: each["dtype"] for each in (*description["inputs"], *description["outputs"])}
-        self.stream = _ask(cuda, cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
-        stack.callback(cuda.cudaStreamDestroy, self.stream)
-        self.events = [self._event(stack) for _ in range(4)]
-        stack.callback(self._forget)
-        self.context = new_context()
-        self.offsets, size = plan_buffers(self._largest())
-        self.device = int(_ask(cuda, cuda.cudaMalloc(size)))
-        stack.callback(cuda.cudaFree, self.device)
-        self.host = int(_ask(cuda, cuda.cudaHostAlloc(size, cuda.cudaHostAllocDefault)))
-        stack.callback(cuda.cudaFreeHost, self.host)
-        stack.callback(cuda.cudaStreamSynchronize, self.stream)
-        # Warming up reads what lies in the inputs: zeros are in range also where they are indices.
-        _ask(cuda, cuda.cudaMemsetAsync(self.device, 0, size, self.stream))
-        self._ready(tuple(shape_at(each, description["batch"]["opt"]) for each in description["inputs"]))
-
-    def _event(self, stack: ExitStack) -> Any:
-        event = _ask(self.cuda, self.cuda.cudaEventCreate())
-        stack.callback(self.cuda.cudaEventDestroy, event)
-        return event
-
-    def _forget(self) -> None:
-        for bound in self.bounds.values():
-            if bound.graph is not None:
-                self.cuda.cudaGraphExecDestroy(bound.graph)
-        self.bounds.clear()
-        self.context = self.current = None
-
-    def _largest(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Largest shape and dtype of every input and output; those of outputs are the engine's own word."""
-        shapes = {each["name"]: shape_at(each, self.description["batch"]["max"]) for each in self.description["inputs"]}
-        shapes |= self._set_shapes(self.context, shapes)
-        return {name: (shape, self.dtypes[name]) for name, shape in shapes.items()}
-
-    def _set_shapes(self, context: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Tell a context its input shapes; the shapes of the outputs."""
-        for name, shape in shapes.items():
-            if not context.set_input_shape(name, shape):
-                raise TargetError(f"input {name!r} of shape {shape} does not fit the engine: {self.log.words()}")
-        found = {each["name"]: tuple(context.get_tensor_shape(each["name"])) for each in self.description["outputs"]}
-        for name, shape in found.items():
-            if any(size < 0 for size in shape):
-                raise TargetError(
-                    f"the shape of output {name!r} depends on the data, which is not supported",
-                    fix="give the model outputs of a fixed size per sample (the k best instead of all above a limit)",
-                )
-        return found
-
-    # ------------------------------------------------------------------ a query
-
-    def run(self, inputs: Mapping[str, Array], timed: bool = False) -> tuple[dict[str, Array], float]:
-        """New arrays with the outputs, and how long it took in ms; ``timed`` sets the marks of ``elapsed_ms``."""
-        cuda, kind = self.cuda, self.cuda.cudaMemcpyKind
-        bound = self._ready(self._shapes_of(inputs))
-        began = time.perf_counter_ns()  # a new batch size has run once by now
-        self._stage(bound, inputs)
-        try:
-            self._mark(timed, 0)
-            for name, view in bound.inputs.items():
-                self._copy(self.device + self.offsets[name], view.ctypes.data, view.nbytes, kind.cudaMemcpyHostToDevice)
-            self._mark(timed, 1)
-            self._enqueue(bound)
-            self._mark(timed, 2)
-            for name, view in bound.outputs.items():
-                self._copy(view.ctypes.data, self.device + self.offsets[name], view.nbytes, kind.cudaMemcpyDeviceToHost)
-            self._mark(timed, 3)
-        finally:  # also after an error: the next query writes into the same memory
-            synchronized = cuda.cudaStreamSynchronize(self.stream)
-        _ask(cuda, synchronized)
-        outputs = {name: view.copy() for name, view in bound.outputs.items()}
-        return outputs, (time.perf_counter_ns() - began) / 1e6
-
-    def elapsed_ms(self) -> tuple[float, float, float]:
-        """Copying in, running and copying out, of the last query with marks."""
-        first, second, third, last = self.events
-        return self._between(first, second), self._between(second, third), self._between(third, last)
-
-    def _between(self, first: Any, last: Any) -> float:
-        return float(_ask(self.cuda, self.cuda.cudaEventElapsedTime(first, last)))
-
-    def _shapes_of(self, inputs: Mapping[str, Array]) -> Shapes:
-        if inputs.keys() != set(self.names):
-            for name in inputs:
-                if name not in self.names:
-                    problem, fix = unknown("input", name, self.names)
-                    raise TargetError(problem, fix=fix)
-            missing = ", ".join(name for name in self.names if name not in inputs)
-            raise TargetError(f"inputs are missing: {missing}", fix=f"give: {', '.join(self.names)}")
-        return tuple(inputs[name].shape for name in self.names)
-
-    def _stage(self, bound: _Bound, inputs: Mapping[str, Array]) -> None:
-        for name, view in bound.inputs.items():
-            if inputs[name].dtype != view.dtype:
-                problem = f"input {name!r} has dtype {inputs[name].dtype}, the engine takes {view.dtype}"
-                raise TargetError(problem, fix=f'give {name}.astype("{view.dtype}")')
-            np.copyto(view, inputs[name])
-
-    def _mark(self, timed: bool, index: int) -> None:
-        if timed:
-            _ask(self.cuda, self.cuda.cudaEventRecord(self.events[index], self.stream))
-
-    def _copy(self, target: int, source: int, size: int, kind: Any) -> None:
-        _ask(self.cuda, self.cuda.cudaMemcpyAsync(target, source, size, kind, self.stream))
-
-    def _enqueue(self, bound: _Bound) -> None:
-        if bound.graph is not None:
-            _ask(self.cuda, self.cuda.cudaGraphLaunch(bound.graph, self.stream))
-        elif not bound.context.execute_async_v3(int(self.stream)):
-            raise TargetError(f"TensorRT could not run the engine: {self.log.words()}")
-
-    # ------------------------------------------------------------------ shapes and graphs
-
-    def _ready(self, shapes: Shapes) -> _Bound:
-        bound = self.bounds.get(shapes)
-        if bound is None:
-            self._check(shapes)
-            self.current = None  # if binding fails, the context is left with shapes of no bound
-            bound = self.bounds[shapes] = self._bind(shapes)
-        elif bound is not self.current:
-            self._set_shapes(bound.context, dict(zip(self.names, shapes, strict=True)))
-        self.current = bound
-        return bound
-
-    def _check(self, shapes: Shapes) -> None:
-        limits = self.description["batch"]
-        batches = set()
-        for tensor, shape in zip(self.description["inputs"], shapes, strict=True):
-            sizes = tensor["shape"]
-            fits = len(shape) == len(sizes)
-            for size, declared in zip(shape, sizes, strict=False):
-                if isinstance(declared, str):
-                    batches.add(size)
-                else:
-                    fits = fits and size == declared
-            if not fits:
-                raise TargetError(f"input {tensor['name']!r} has shape {shape}, the engine takes {tuple(sizes)}")
-        if len(batches) > 1:
-            raise TargetError(f"batch sizes differ between inputs: {sorted(batches)}")
-        if any(not limits["min"] <= batch <= limits["max"] for batch in batches):
-            raise TargetError(
-                f"a batch of {batches.pop()} is outside the engine's {limits['min']} to {limits['max']}",
-                fix="give fewer samples at a time, or build the engine with another `batch` in the recipe",
-            )
-
-    def _bind(self, shapes: Shapes) -> _Bound:
-        """Make everything ready for these shapes and run them once: TensorRT sets up, RTX compiles, in this run."""
-        if self.capture and self.bounds:  # a graph holds addresses and state of its context: NVIDIA advises one each
-            self.context = self.new_context()
-        named = dict(zip(self.names, shapes, strict=True))
-        outputs = self._set_shapes(self.context, named)
-        for name, offset in self.offsets.items():
-            if not self.context.set_tensor_address(name, self.device + offset):
-                raise TargetError(f"TensorRT refuses the memory of {name!r}: {self.log.words()}")
-        views = {name: self._view(name, shape) for name, shape in (*named.items(), *outputs.items())}
-        bound = _Bound(self.context, {name: views[name] for name in named}, {name: views[name] for name in outputs})
-        self._enqueue(bound)
-        _ask(self.cuda, self.cuda.cudaStreamSynchronize(self.stream))
-        if self.capture:
-            try:
-                bound.graph = self._captured(bound)
-            except TargetError as err:
-                self.capture, self.no_graph = False, err.problem
-                self.cuda.cudaGetLastError()  # or the next call that looks would find this error
-        return bound
-
-    def _view(self, name: str, shape: tuple[int, ...]) -> Array:
-        """An array that lies in page-locked memory."""
-        dtype = np.dtype(self.dtypes[name])
-        memory = (ctypes.c_char * (math.prod(shape) * dtype.itemsize)).from_address(self.host + self.offsets[name])
-        return np.frombuffer(memory, dtype).reshape(shape)
-
-    def _captured(self, bound: _Bound) -> Any:
-        """The engine's launches as one graph; the stream is out of capture mode afterwards, come what may."""
-        cuda = self.cuda
-        # Other threads go on allocating and copying meanwhile.
-        mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        _ask(cuda, cuda.cudaStreamBeginCapture(self.stream, mode))
-        ran = bound.context.execute_async_v3(int(self.stream))
-        status, graph = cuda.cudaStreamEndCapture(self.stream)
-        try:
-            if not ran:
-                raise TargetError(f"TensorRT cannot be captured: {self.log.words()}")
-            _ask(cuda, (status,))
-            return _ask(cuda, cuda.cudaGraphInstantiate(graph, 0))
-        finally:
-            if graph is not None:
-                cuda.cudaGraphDestroy(graph)
-
-
-# ------------------------------------------------------------------ TensorRT
 
 
 def _load(trt: Any, plan: bytes, where: str, log: Any, cuda: Any, dla_core: int | None, host_code: bool) -> Any:
@@ -393,7 +141,7 @@ def _load(trt: Any, plan: bytes, where: str, log: Any, cuda: Any, dla_core: int 
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise TargetError(
-            f"the engine cannot be loaded by {trt.__name__} {trt.__version__} on {_gpu(cuda)}: {log.words()}",
+            f"the engine cannot be loaded by {trt.__name__} {trt.__version__} on {sm_of_gpu(cuda)}: {log.words()}",
             where=where,
             fix="engines fit one version and one kind of GPU: build it again here (mmedge build RUN --target NAME)",
         )
@@ -476,56 +224,3 @@ def _log(trt: Any) -> Any:
             return said[:600] or "it gave no reason"
 
     return Log()
-
-
-# ------------------------------------------------------------------ CUDA
-
-
-def cuda_runtime() -> Any:
-    """The module of CUDA's runtime API, once there is a GPU that it can use.
-
-    Raises:
-        TargetError: CUDA Python, the driver or a GPU is missing, or the driver is older than CUDA Python.
-    """
-    try:
-        from cuda.bindings import runtime
-    except ImportError as err:
-        raise TargetError("running on a GPU needs CUDA Python, which is not installed", fix=_BINDINGS) from err
-    status, count = runtime.cudaGetDeviceCount()
-    if status == runtime.cudaError_t.cudaErrorInsufficientDriver:
-        _, driver = runtime.cudaDriverGetVersion()
-        if not driver:
-            raise TargetError("there is no NVIDIA driver here", fix="run this on a machine with an NVIDIA GPU")
-        _, needed = runtime.cudaRuntimeGetVersion()
-        problem = f"the driver is of CUDA {_version(driver)}, the installed CUDA Python of {_version(needed)}"
-        raise TargetError(problem, fix=f"update the driver, or {_BINDINGS}")
-    if status == runtime.cudaError_t.cudaErrorNoDevice or count == 0:
-        fix = "look at nvidia-smi, and at CUDA_VISIBLE_DEVICES or the options of the container"
-        raise TargetError("there is an NVIDIA driver but no GPU that it shows", fix=fix)
-    _ask(runtime, (status,))
-    return runtime
-
-
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
-
-
-def _gpu(cuda: Any) -> str:
-    attribute = cuda.cudaDeviceAttr
-    major = _ask(cuda, cuda.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMajor, 0))
-    minor = _ask(cuda, cuda.cudaDeviceGetAttribute(attribute.cudaDevAttrComputeCapabilityMinor, 0))
-    return f"a GPU of SM {major}.{minor}"
-
-
-def _ask(cuda: Any, answer: tuple[Any, ...]) -> Any:
-    """What a CUDA call returned beside its status.
-
-    Raises:
-        TargetError: the status is not success.
-    """
-    status, *values = answer
-    if status != cuda.cudaError_t.cudaSuccess:
-        _, words = cuda.cudaGetErrorString(status)
-        fix = "mmedge doctor; after a failure inside the GPU, start the process again"
-        raise TargetError(f"CUDA: {words.decode() if isinstance(words, bytes) else words}", fix=fix)
-    return values[0] if values else None
