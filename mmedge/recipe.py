@@ -19,6 +19,7 @@ from mmedge.errors import RecipeError, UsageError, unknown
 from mmedge.report.gates import GatesConfig, modality_names, stage_names
 
 FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # wheel, editable install
+MOST_VALUES = 100_000  # of a recipe, aliases written out: a page of them can stand for more than memory holds
 
 
 class ProfileConfig(BaseModel):
@@ -316,12 +317,24 @@ def _parse(text: str) -> Any:
     loader = _Loader(text)
     try:
         value = loader.get_single_data()
+        if (count := _values(value, {})) > MOST_VALUES:
+            raise yaml.YAMLError(f"aliases make {count:.1e} values of it, more than {MOST_VALUES:,}")
         json.dumps(value, default=str)
     except (ValueError, RecursionError) as err:  # an alias inside its own anchor, brackets a thousand deep
         raise yaml.YAMLError(f"nested too deep: {err}") from err
     finally:
         loader.dispose()
     return value
+
+
+def _values(value: Any, known: dict[int, int]) -> int:
+    """How many values there are once every alias is written out; what is behind an alias is counted once."""
+    if not isinstance(value, list | dict):
+        return 1
+    if id(value) not in known:
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(value)]
 
 
 def _read(path: Path) -> dict[str, Any]:

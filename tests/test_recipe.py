@@ -80,6 +80,11 @@ MISTAKES = {
     "code": (HEAD + "name: !!python/name:os.system", "mine.yaml: line 3", "could not determine a constructor"),
     "control character": (HEAD + "name: \x00", "mine.yaml", "not good YAML"),
     "contains itself": (HEAD + "name: &a [*a]", "mine.yaml", "not good YAML: nested too deep"),
+    "aliases of aliases": (
+        HEAD + "".join(f"l{k}: &l{k} [{', '.join(10 * [f'*l{k - 1}' if k else 'x'])}]\n" for k in range(9)),
+        "mine.yaml",
+        "not good YAML: aliases make 1.2e+09 values of it, more than 100,000",
+    ),
     "very deep": (HEAD + "name: " + "[" * 5000, "mine.yaml", "not good YAML: nested too deep"),
     "key twice": (HEAD + "task: other", "mine.yaml: line 3", "the key 'task' is there twice"),
     "setting twice": (
