@@ -101,16 +101,18 @@ class OpenVino(Target):
 def opened(model: Path, threads: int, precision: str, engine: str) -> Iterator[Runner]:
     """A runner of a model file; ``engine`` is what errors call it."""
     openvino = _openvino()
-    _, compiled = compile_model(model, threads, precision)
+    read, compiled = compile_model(model, threads, precision)
     request = compiled.create_infer_request()
-    dtypes = {port.get_any_name(): str(port.get_element_type().to_dtype()) for port in compiled.inputs}
-    outputs = {port.get_any_name(): port for port in compiled.outputs}
-    own = {port.get_any_name(): (port, request.get_tensor(port).data) for port in compiled.inputs}
+    # By the names of the model as it was read: compiled, a port also has those of nodes that were merged with it.
+    inputs = dict(zip((port.get_any_name() for port in read.inputs), compiled.inputs, strict=True))
+    outputs = dict(zip((port.get_any_name() for port in read.outputs), compiled.outputs, strict=True))
+    dtypes = {name: str(port.get_element_type().to_dtype()) for name, port in inputs.items()}
+    own = {name: (port, request.get_tensor(port).data) for name, port in inputs.items()}
 
-    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(given: Mapping[str, Array]) -> dict[str, Array]:
         in_place = []  # held until the answer is there: a tensor alone does not keep its array alive
         for name, (port, memory) in own.items():
-            array = inputs[name]
+            array = given[name]
             if array.shape != memory.shape:
                 problem = f"input {name!r} has shape {array.shape}, the engine takes {memory.shape}"
                 raise TargetError(problem, where=engine)
