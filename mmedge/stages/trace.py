@@ -160,8 +160,31 @@ def module_name(node: Node) -> str:
 
 
 def graph_of(module: nn.Module, task: Task) -> torch.fx.GraphModule:
-    """The traced graph as a module, called like the original; the form that PT2E quantizes."""
-    return program_of(module, task).module()
+    """The traced graph as a module, called like the original; the form that PT2E quantizes.
+
+    Nothing in it writes into what other nodes read: a rounded copy of a value that is written to later would miss that.
+    """
+    program = program_of(module, task)
+    if any(_writes_to_others(node) for node in program.graph.nodes):
+        with quiet():
+            program = program.run_decompositions({})
+    return program.module()
+
+
+def _writes_to_others(node: Node) -> bool:
+    """Whether ``node`` changes a tensor that others read too, itself or through a view of it (``x[:, 0] = y``)."""
+    written = _aliased(node, writes=True)
+    return any(len(source.users) > 1 or source.op != "call_function" or _aliased(source) for source in written)
+
+
+def _aliased(node: Node, writes: bool = False) -> list[Node]:
+    """The operands that what ``node`` gives is a view of, or those that it writes to."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return []
+    pairs = zip(schema.arguments, node.args, strict=False)
+    found = [(argument.alias_info, value) for argument, value in pairs if argument.alias_info is not None]
+    return [value for alias, value in found if alias.is_write == writes and isinstance(value, Node)]
 
 
 @contextmanager
