@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.fx import GraphModule
+from typing_extensions import Self
 
-from mmedge.errors import StageError
-from mmedge.stages.base import Context, Network, Saved, Stage, StageConfig, as_tensors
+from mmedge.errors import StageError, unknown
+from mmedge.stages.base import Context, Network, Saved, Stage, StageConfig, as_tensors, outputs_of
 from mmedge.stages.quantization.calibration import Calibration, observe, outliers
 from mmedge.stages.quantization.ranges import set_ranges
-from mmedge.stages.trace import graph_of, quiet
+from mmedge.stages.trace import graph_of, quiet, without_wrappers
 from mmedge.task import Task
 
 EXACT = "exact:"  # before the names of tensors as they were; no path in a module has a colon
@@ -47,7 +49,7 @@ class Quantize(Stage):
 
     name = "quantize"
     gives = "qdq"
-    version = 5
+    version = 6
 
     class Config(StageConfig):
         """Settings of ``quantize``.
@@ -75,6 +77,14 @@ class Quantize(Stage):
         bias_correction: bool = False
         sensitivity_samples: int = Field(32, ge=0)
         tune: Tune | None = None
+
+        @model_validator(mode="after")
+        def _x86_stands_alone(self) -> Self:
+            given = {name: getattr(self, name) for name in ("keep_float", "smooth", "bias_correction")}
+            given["rounding"] = self.rounding != "nearest"
+            if self.placement == "x86" and (unused := [name for name, value in given.items() if value]):
+                raise ValueError(f"placement x86 has no {', '.join(unused)}: leave them out, or the placement")
+            return self
 
     def run(self, network: Network, context: Context) -> Saved:
         """Calibrate and repair; keep the prepared graph's state, and what was done to which layers."""
@@ -116,6 +126,7 @@ def quantized(config: Quantize.Config, network: Network, context: Context) -> Sa
     if config.placement == "x86":
         return _for_x86(config, network, context)
     prepared, edits = prepare(network, context.task, config.keep_float)
+    _same_values(network, prepared, context.task)
     if config.smooth is not None or config.rounding != "nearest" or config.bias_correction:
         own_weights(prepared)
     work = _Work(prepared, config, context, edits)
@@ -222,6 +233,13 @@ def prepare(network: Network, task: Task, keep_float: tuple[str, ...]) -> tuple[
     with quiet():
         prepared = prepare_pt2e(canonical(graph_of(network.module, task)), placement)
     skipped = {each.layer: each.reason for each in placement.skipped}
+    layers = {*placement.quantized, *skipped}
+    names = {*layers, *(without_wrappers(path) for path, _ in network.module.named_modules())}
+    for pattern in keep_float:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            problem, fix = unknown("layer", pattern, layers)
+            fix = f"{fix}; `NAME.*` stands for all layers within a module"
+            raise StageError(problem, where=f"task {task.name}: quantize.keep_float", fix=fix)
     if not placement.quantized:
         reasons = sorted(set(skipped.values())) or ["no convolution or linear layer"]
         raise StageError(
@@ -231,6 +249,24 @@ def prepare(network: Network, task: Task, keep_float: tuple[str, ...]) -> tuple[
         )
     found = {"quantized": placement.quantized, "attention": placement.attention, "skipped": skipped}
     return prepared, {"keep_float": list(keep_float), **found}
+
+
+def _same_values(network: Network, prepared: GraphModule, task: Task) -> None:
+    """Refuse a graph that, before anything is rounded, gives other values than the network: no repair would see it.
+
+    Raises:
+        StageError: an output differs by more than a thousandth of its largest value.
+    """
+    inputs = {name: tensor[:2] for name, tensor in as_tensors(task.example().inputs).items()}
+    with torch.no_grad():
+        exact, found = (outputs_of(module, inputs, task.outputs) for module in (network.module, prepared))
+    for name, values in exact.items():
+        if values.is_floating_point() and (found[name] - values).abs().max() > 1e-3 * values.abs().max():
+            raise StageError(
+                f"the graph that would be quantized gives other values of {name!r} than the network",
+                where=f"task {task.name}: quantize",
+                fix="avoid code in forward() that writes into tensors or shares layers in unusual ways, and report it",
+            )
 
 
 def _calibrated(work: _Work) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from mmedge.stages.quantization.operators import TRANSPOSED
-from mmedge.stages.quantization.prepared import Layer, Range, layers_of, tensor_at
+from mmedge.stages.quantization.prepared import Layer, Range, channel_axes, layers_of, tensor_at
 from mmedge.stages.quantization.simulate import FakeQuantize
 from mmedge.stages.quantization.smoothing import uses_of
 
@@ -50,7 +50,7 @@ def correct(prepared: GraphModule, channel_mean: Mapping[str, Tensor]) -> list[C
     Returns:
         One entry per layer, in running order.
     """
-    uses = uses_of(prepared)
+    uses, axes = uses_of(prepared), channel_axes(prepared)
     result = []
     for layer in layers_of(prepared):
         if layer.bias_path is None:
@@ -59,6 +59,9 @@ def correct(prepared: GraphModule, channel_mean: Mapping[str, Tensor]) -> list[C
         bias = tensor_at(prepared, layer.bias_path).detach()
         if len(uses[bias.data_ptr()]) > 1:
             result.append(Corrected(layer.name, "its bias is used more than once"))
+            continue
+        if layer.is_convolution and axes[layer.input_range] != 1:
+            result.append(Corrected(layer.name, "a linear layer reads the same values, along another axis"))
             continue
         shift = _shift(prepared, layer, channel_mean[layer.input_range])
         bias.add_(shift)

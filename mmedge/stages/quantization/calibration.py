@@ -22,7 +22,7 @@ from mmedge.errors import StageError
 from mmedge.progress import Progress
 from mmedge.stages.base import Context, StageConfig, as_tensors
 from mmedge.stages.quantization.operators import CONCAT, POOLING, RESHAPING
-from mmedge.stages.quantization.prepared import TINY, Range, layers_of, ranges_of, seen_by
+from mmedge.stages.quantization.prepared import TINY, Range, channel_axes, ranges_of, seen_by
 from mmedge.task import Task
 from mmedge.tensors import Array
 
@@ -31,7 +31,7 @@ SLICE = 16  # samples per forward call: enough to keep the processor busy, and n
 PART = 1 << 18  # elements that are counted at once: what they need besides fits a processor's cache
 SMALLEST = TINY * 128  # range of a histogram at the start: no scale is smaller than ``TINY``
 OUTLYING = 20.0  # largest value over the 99.9th percentile: 127 levels leave less than 7 to the other values
-VERSION = 1  # raise it when the same data gives other statistics: remembered ones expire
+VERSION = 2  # raise it when the same data gives other statistics: remembered ones expire
 
 
 class Calibration(StageConfig):
@@ -318,7 +318,7 @@ class _Watch:
 
 
 def _watches(prepared: GraphModule) -> list[_Watch]:
-    axes = {layer.input_range: 1 if layer.is_convolution else -1 for layer in layers_of(prepared)}
+    axes = channel_axes(prepared)
     names, activations = seen_by(prepared), _activations(prepared)
     places: dict[Range, list[_Place]] = {}
     for node in prepared.graph.nodes:

@@ -4,7 +4,8 @@ The numbers are the same, and all that looks at layers has one form to look for.
 
 Models say the same in other words. ``x @ self.projection`` (CLIP) and ``torch.addmm(bias, x, weight)`` (GPT-2) are
 linear layers; the cross attention of ``nn.MultiheadAttention`` cuts its weights out of one parameter, and
-``parametrizations.weight_norm`` computes them from two.
+``parametrizations.weight_norm`` computes them from two. ``padding="same"`` is a number, and what batch norms do belongs
+to the layers before them.
 """
 
 from __future__ import annotations
@@ -13,19 +14,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from mmedge.stages.quantization.norms import fold_norms
 from mmedge.stages.quantization.operators import CHANNEL_AXIS, LINEAR
+from mmedge.stages.quantization.parameters import add_parameter, free_path, stem
 from mmedge.stages.quantization.prepared import tensor_at
 
 aten = torch.ops.aten
 MATRIX: Mapping[Any, int] = {aten.matmul.default: 1, aten.mm.default: 1, aten.addmm.default: 2}  # its position
 TURNED = frozenset({aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default})
 COMPUTED_BY = ("aten.", "<built-in function getitem>")
+PADDED: Mapping[Any, Any] = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
 RANDOM = ("rand", "dropout", "bernoulli", "normal")
-PARAMETRIZED = ".parametrizations."
 
 
 def canonical(graph: GraphModule) -> GraphModule:
@@ -37,11 +44,14 @@ def canonical(graph: GraphModule) -> GraphModule:
     before = _parameters(graph)
     known: dict[Node, Node] = {}
     for node in list(graph.graph.nodes):
+        if node.target in PADDED:
+            node = _padded_by_numbers(graph, node)
         if node.target in CHANNEL_AXIS:
             for position, role in ((1, "weight"), (2, "bias")):
                 _fold(graph, node, position, role, known)
         elif node.target in MATRIX and (weight := _weight(graph, node)) is not None:
             _replace(graph, node, weight)
+    fold_norms(graph)
     graph.graph.eliminate_dead_code()
     for path in before - _parameters(graph):
         owner, _, name = path.rpartition(".")
@@ -65,8 +75,8 @@ def _fold(graph: GraphModule, node: Node, position: int, role: str, known: dict[
         with torch.no_grad():
             value = _evaluate(graph, source).detach().clone(memory_format=torch.contiguous_format)
         trains = any(tensor_at(graph, str(each.target)).requires_grad for each in origins)
-        path = _free(graph, str(origins[0].target), role)
-        known[source] = _add(graph, path, value, trains, source)
+        path = free_path(graph, str(origins[0].target), role)
+        known[source] = add_parameter(graph, path, value, trains, source)
     node.update_arg(position, known[source])
 
 
@@ -93,22 +103,6 @@ def _evaluate(graph: GraphModule, node: Node) -> Tensor:
     arguments, options = map_arg((node.args, node.kwargs), lambda each: _evaluate(graph, each))
     result: Tensor = node.target(*arguments, **options)  # type: ignore[operator]
     return result
-
-
-def _free(graph: GraphModule, origin: str, role: str) -> str:
-    """Where to keep what was made of the parameter ``origin``: ``in_proj_0_weight`` beside ``in_proj_weight``."""
-    module, parametrized, rest = origin.partition(PARAMETRIZED)
-    owner, stem = (module, "") if parametrized else (origin.rpartition(".")[0], _stem(origin.rpartition(".")[2]))
-    if parametrized and rest.partition(".")[0] == role and not hasattr(graph.get_submodule(owner), role):
-        return f"{owner}.{role}"
-    count = 0
-    while hasattr(graph.get_submodule(owner), name := "_".join(filter(None, (stem, str(count), role)))):
-        count += 1
-    return f"{owner}.{name}" if owner else name
-
-
-def _stem(name: str) -> str:
-    return name.removesuffix("weight").removesuffix("bias").removesuffix("_")
 
 
 def _weight(graph: GraphModule, node: Node) -> Node | None:
@@ -140,20 +134,36 @@ def _turns(node: Node) -> bool:
 def _transposed(graph: GraphModule, source: Node) -> Node:
     matrix = tensor_at(graph, str(source.target))
     owner, _, name = str(source.target).rpartition(".")
-    path = f"{_stem(name)}_turned_weight".removeprefix("_")
+    path = f"{stem(name)}_turned_weight".removeprefix("_")
     turned = matrix.detach().t().contiguous()
-    return _add(graph, f"{owner}.{path}" if owner else path, turned, matrix.requires_grad, source)
+    return add_parameter(graph, f"{owner}.{path}" if owner else path, turned, matrix.requires_grad, source)
 
 
-def _add(graph: GraphModule, path: str, value: Tensor, trains: bool, like: Node) -> Node:
-    """A parameter, and the node that reads it, before ``like``."""
-    owner, _, name = path.rpartition(".")
-    setattr(graph.get_submodule(owner), name, nn.Parameter(value, requires_grad=trains))
-    with graph.graph.inserting_before(like):
-        node = graph.graph.get_attr(path)
-    shape = like.meta["val"]
-    node.meta = {**like.meta, "val": shape if shape.shape == value.shape else shape.t()}
-    return node
+def _padded_by_numbers(graph: GraphModule, node: Node) -> Node:
+    """A convolution with ``padding="same"`` or ``"valid"`` in numbers; what is one more on one side is padded before.
+
+    Returns:
+        The node that takes its place.
+    """
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    data, kernel = given["input"], given["weight"].meta["val"].shape[2:]
+    dilation = list(given.get("dilation", [1])) * (len(kernel) if len(given.get("dilation", [1])) == 1 else 1)
+    same = given.get("padding", "valid") == "same"
+    total = [step * (size - 1) if same else 0 for step, size in zip(dilation, kernel, strict=True)]
+    with graph.graph.inserting_before(node):
+        if any(each % 2 for each in total):
+            more = [part for each in reversed(total) for part in (0, each % 2)]
+            padded = graph.graph.call_function(aten.constant_pad_nd.default, (data, more))
+            padded.meta = {**node.meta, "val": padded.target(data.meta["val"], more)}  # type: ignore[operator]
+            data = padded
+        halves = [each // 2 for each in total]
+        rest = (given.get("stride", [1]), halves, dilation, given.get("groups", 1))
+        layer = graph.graph.call_function(PADDED[node.target], (data, given["weight"], given.get("bias"), *rest))
+    layer.meta = dict(node.meta)
+    node.replace_all_uses_with(layer)
+    graph.graph.erase_node(node)
+    return layer
 
 
 def _replace(graph: GraphModule, node: Node, weight: Node) -> None:

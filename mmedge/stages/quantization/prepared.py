@@ -118,6 +118,17 @@ def _layer(prepared: GraphModule, node: Node) -> Layer | None:
     )
 
 
+def channel_axes(prepared: GraphModule) -> dict[str, int]:
+    """Along which axis the channels lie of what layers read, by ``Range`` path.
+
+    Convolutions count them along axis 1, linear layers along the last; where both read one tensor, as linear ones do.
+    """
+    axes: dict[str, int] = {}
+    for layer in layers_of(prepared):
+        axes[layer.input_range] = axes.get(layer.input_range, 1) if layer.is_convolution else -1
+    return axes
+
+
 def attention_of(prepared: GraphModule) -> dict[str, set[str]]:
     """Paths of the ``Range`` of queries, keys and values, by the module that attends."""
     found: dict[str, set[str]] = {}
