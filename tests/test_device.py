@@ -13,10 +13,12 @@ import pytest
 
 from mmedge import plugins
 from mmedge.artifact import Store, load_artifact
-from mmedge.errors import TargetError, UsageError
+from mmedge.errors import ArtifactError, TargetError, UsageError
 from mmedge.pipeline.compress import Job, compress
-from mmedge.pipeline.device import build_here, holds
+from mmedge.pipeline.device import build_here, holds, with_devices
 from mmedge.pipeline.engines import build_engine
+from mmedge.pipeline.environment import environment
+from mmedge.pipeline.folder import RunFolder
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe
 from mmedge.report.gates import GatesConfig, evaluate
@@ -150,6 +152,15 @@ def test_what_a_device_measured_stays_when_the_workstation_goes_on(template: Pat
     assert {name: device.cpu for name, device in report.devices.items()} == {RTX: measured.devices[RTX].cpu}
     assert [result.target for result in report.stages[0].results] == ["onnxruntime", RTX]
     assert {each.target for each in report.deferred} == {JETSON}
+
+
+def test_a_damaged_file_of_a_device_is_said_to_be(run: Path) -> None:
+    (run / "devices").mkdir()
+    row = {"digest": Report.load(run).stages[0].digest}
+    found = {"target": JETSON, "environment": environment().model_dump(), "rows": [row]}
+    (run / "devices" / f"{JETSON}.json").write_text(json.dumps(found))
+    with pytest.raises(ArtifactError, match=rf"{JETSON}\.json: rows\.0\.result: damaged: Field required"):
+        with_devices(Report.load(run), RunFolder(run))
 
 
 def test_a_jetson_target_without_tensorrt_is_refused_with_the_way_out(run: Path) -> None:

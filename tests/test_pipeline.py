@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mmedge.artifact import load_artifact
-from mmedge.errors import UsageError
-from mmedge.pipeline.compress import Job, compress
+from mmedge.cli.runs import command_line
+from mmedge.errors import ArtifactError, UsageError
+from mmedge.pipeline.compress import Job, compress, job_of
 from mmedge.pipeline.folder import RunFolder, identity_of, open_run
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe, load_recipe
@@ -160,12 +163,13 @@ def test_a_target_can_be_added_later_and_costs_no_training(finished) -> None:
 
 
 def test_profile_measures_again_and_keeps_the_old_timing(finished) -> None:
-    _, folder = finished
+    report, folder = finished
     before = len(list(folder.artifacts.glob("timing-onnxruntime-*")))
     result = command("profile", str(folder.path), "--queries", "70", "-q", "--json")
     assert result.returncode == 0, result.stderr
     assert len(list(folder.artifacts.glob("timing-onnxruntime-*"))) == before
     assert list(folder.artifacts.glob(".replaced-timing-onnxruntime-*"))
+    assert Report.load(folder.path).command == report.command  # what makes the run again, not what measured it again
 
 
 def test_one_engine_can_be_profiled_alone(finished) -> None:
@@ -191,11 +195,63 @@ def test_another_runs_folder_is_refused_and_left_alone(finished, recipe_file) ->
     assert folder.report.read_bytes() == before
 
 
+def edit(file: Path, **changes) -> None:
+    """Change values of a JSON object; None takes a key out."""
+    value = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: each for key, each in value.items() if each is not None}))
+
+
+@pytest.mark.parametrize("arguments", [["profile"], ["build", "--target", "torch"]])
+def test_a_report_is_not_replaced_by_that_of_another_task(finished, tmp_path, arguments) -> None:
+    """Another file of the same name, other weights, other data: all that ``run.json`` tells is another digest."""
+    run = shutil.copytree(finished[1].path, tmp_path / "run")
+    edit(run / "run.json", task_digest="of the task as it was")
+    before = (run / "report.json").read_bytes()
+    refused = command(arguments[0], str(run), *arguments[1:], "-q")
+    assert refused.returncode == 2
+    assert "is not the one that this run was made of" in refused.stderr
+    assert "--fresh" in refused.stderr
+    assert (run / "report.json").read_bytes() == before
+
+
+def test_until_there_is_a_report_a_task_may_change(recipe_file, tmp_path) -> None:
+    folder, identity = RunFolder(tmp_path), identity_of(load_recipe(recipe_file), 0)
+    folder.claim(identity)  # a run of before digests were kept: any task may be its
+    folder.report.touch()
+    folder.claim(identity, "as it is")
+    folder.claim(identity, "as it is")
+    with pytest.raises(UsageError, match="not the one that this run was made of"):
+        folder.claim(identity, "changed")
+    folder.report.unlink()
+    folder.claim(identity, "changed")
+
+
+def test_the_task_of_a_run_that_is_not_found_from_here(finished, tmp_path) -> None:
+    run = shutil.copytree(finished[1].path, tmp_path / "run")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "task": "elsewhere.py:task"}))
+    with pytest.raises(UsageError, match="holds the task of this run") as caught:
+        job_of(run, [], "mmedge profile …")
+    assert "from the folder that the run was made from" in str(caught.value)
+
+
+def test_a_damaged_note_is_said_to_be(finished, tmp_path) -> None:
+    run = shutil.copytree(finished[1].path, tmp_path / "run")
+    edit(run / "run.json", seed=None)
+    with pytest.raises(ArtifactError, match=r"run\.json: seed: damaged: Field required"):
+        open_run(run)
+
+
 def test_a_folder_with_other_things_is_refused(recipe_file, tmp_path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match=r"not empty and no run's: thesis\.txt"):
         compress(job(load_recipe(recipe_file), tmp_path), Progress())
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["thesis.txt"]
+
+
+def test_the_command_to_go_on_sets_nothing_aside(monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["mmedge", "compress", "--recipe", "a b.yaml", "--fresh", "-q"])
+    assert command_line() == "mmedge compress --recipe 'a b.yaml' -q"
 
 
 def test_fresh_keeps_the_old_run_aside(finished, recipe_file, tmp_path) -> None:
@@ -205,7 +261,7 @@ def test_fresh_keeps_the_old_run_aside(finished, recipe_file, tmp_path) -> None:
         folder.claim(identity_of(recipe, 5))
     aside = folder.set_aside()
     assert aside is not None
-    assert open_run(aside)[1]["seed"] == 5
+    assert open_run(aside)[1].seed == 5
     assert not folder.path.exists()
 
 

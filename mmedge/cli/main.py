@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shlex
 import sys
 import time
 import traceback
@@ -52,8 +51,7 @@ def main() -> None:
         err.show()
         status = err.exit_code
     except (KeyboardInterrupt, click.Abort):
-        again = shlex.join(["mmedge", *[word for word in arguments if word != "--fresh"]])
-        print(f"\ninterrupted; what is finished is kept. To go on:\n  {again}", file=sys.stderr)
+        print(f"\ninterrupted; what is finished is kept. To go on:\n  {runs.command_line()}", file=sys.stderr)
         status = 130
     except MmedgeError as err:
         _let_the_first_speak()

@@ -53,8 +53,8 @@ def require_workstation() -> None:
 
 
 def command_line() -> str:
-    """The command as the user typed it."""
-    return shlex.join(["mmedge", *sys.argv[1:]])
+    """The command that goes on with what this one does: as the user typed it, but for ``--fresh``."""
+    return shlex.join(["mmedge", *(word for word in sys.argv[1:] if word != "--fresh")])
 
 
 @click.command()

@@ -13,7 +13,7 @@ import torch
 
 from mmedge import plugins
 from mmedge.artifact import Store, load_artifact
-from mmedge.errors import TargetError
+from mmedge.errors import TargetError, UsageError
 from mmedge.loading import load_task
 from mmedge.pipeline.check import check_model, check_splits, digest_of_task
 from mmedge.pipeline.device import judged, with_devices
@@ -46,7 +46,8 @@ class Job:
         folder: the run folder, None for the default one.
         fresh: keep an existing run aside and start anew.
         again: ``timing`` measures latency and memory again; ``None`` takes what is known.
-        command: the command line, kept in the report.
+        command: the command line.
+        made_by: the ``mmedge compress`` that the run goes back to, kept in the report; None where that is ``command``.
     """
 
     recipe: Recipe
@@ -56,6 +57,7 @@ class Job:
     command: str
     fresh: bool = False
     again: Literal["timing"] | None = None
+    made_by: str | None = None
 
 
 def compress(job: Job, progress: Progress) -> tuple[Report, RunFolder]:
@@ -68,14 +70,16 @@ def compress(job: Job, progress: Progress) -> tuple[Report, RunFolder]:
     job = replace(job, recipe=resolved(job.recipe, planned))
     targets = uses_of(job.recipe.targets)
     task = _task_of(job)
+    check_model(task)
+    digest = digest_of_task(task)
     folder = RunFolder(job.folder or default_folder(job.recipe, job.seed))
     if job.fresh and (aside := folder.set_aside()):
         progress.say(f"the run that was there is now {aside}")
     with folder.locked(), Team(connected=True) as team:
-        folder.claim(identity_of(job.recipe, job.seed))
+        folder.claim(identity_of(job.recipe, job.seed), digest, job.made_by or job.command)
         folder.save_recipe(job.recipe)
         folder.log("start", command=job.command)
-        run = _Run(job, folder, planned, targets, task, progress)
+        run = _Run(job, folder, planned, targets, task, digest, progress)
         run.line.team = team
         return run.go(), folder
 
@@ -119,14 +123,26 @@ def job_of(
     """The job of an existing run, with targets added and settings of ``profile`` changed.
 
     Raises:
-        UsageError: ``run`` is no run folder.
+        UsageError: ``run`` is no run folder, or the file of its task is not found from here.
+        ArtifactError: ``run.json`` is damaged.
     """
     folder, note = open_run(run)
     known = load_recipe(folder.recipe)
+    _expect_task_file(known.task, run)
     targets = list(dict.fromkeys([*known.targets, *more_targets]))
     changes = [f"profile.{name}={value}" for name, value in (profile or {}).items()]
     recipe = load_recipe(folder.recipe, targets=targets, changes=changes)
-    return Job(recipe, folder.recipe.name, note["seed"], run, command, again=again)
+    return Job(recipe, folder.recipe.name, note.seed, run, command, again=again, made_by=note.command)
+
+
+def _expect_task_file(task: str, run: Path) -> None:
+    place = task.rpartition(":")[0]
+    if place.endswith(".py") and not Path(place).is_file():
+        raise UsageError(
+            f"no file {place!r}, which holds the task of this run",
+            where=str(run),
+            fix="call mmedge from the folder that the run was made from: the path of its task starts there",
+        )
 
 
 @dataclass(frozen=True)
@@ -172,13 +188,12 @@ class _Run:
         planned: Sequence[PlannedStage],
         uses: Sequence[Use],
         task: Task,
+        digest: str,
         progress: Progress,
     ) -> None:
         self.job, self.folder, self.planned, self.uses = job, folder, planned, uses
         self.task, self.progress = task, progress
-        check_model(task)
         store = Store(folder.artifacts, job.command, progress.say)
-        digest = digest_of_task(task)
         store.values("check", {"task": digest, "samples": QUICK_CHECK}, lambda: check_splits(task, QUICK_CHECK))
         here = [use.target for use in uses if use.elsewhere is None]
         onnx = [target for target in here if target.lowering.format == "onnx"]
@@ -244,7 +259,7 @@ class _Run:
         found = Report(
             verdict=verdict(gates),
             recipe=self.job.recipe.as_json(),
-            command=self.job.command,
+            command=self.job.made_by or self.job.command,
             seed=self.job.seed,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             task=TaskInfo(

@@ -7,7 +7,6 @@ the run, and every report of the run, here or back on the workstation, takes it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,26 +28,42 @@ from mmedge.profile.worker import SETTLE, TURN
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe, load_recipe
 from mmedge.report.gates import GatesConfig, evaluate, verdict
-from mmedge.report.model import ComponentResult, Environment, Report, Result, Stage
+from mmedge.report.model import ComponentResult, Environment, Part, Report, Result, Stage
 from mmedge.targets.base import Target
 from mmedge.tensors import Array
 
 NO_DATA = "the test data stays on the workstation; add a CPU target there for the accuracy"
 
 
+class _Row(Part):
+    digest: str
+    result: Result
+
+
+class _OnDevice(Part):
+    """``devices/NAME.json``: what was measured of a target on its device, by the digest of the network."""
+
+    target: str
+    environment: Environment
+    rows: list[_Row]
+
+
 def with_devices(report: Report, folder: RunFolder) -> Report:
-    """The report with what was measured on devices: rows of the same networks, in the place of what was deferred."""
+    """The report with what was measured on devices: rows of the same networks, in the place of what was deferred.
+
+    Raises:
+        ArtifactError: a file of ``devices/`` is damaged.
+    """
     devices: dict[str, Environment] = {}
     stages, deferred = list(report.stages), list(report.deferred)
     for file in sorted((folder.path / "devices").glob("*.json")):
-        found = read_json(file)
-        rows = {row["digest"]: Result.model_validate(row["result"]) for row in found["rows"]}
-        target = str(found["target"])
+        found = read_json(file, _OnDevice)
+        rows = {row.digest: row.result for row in found.rows}
         if not any(stage.digest in rows for stage in stages):
             continue  # the run has other networks by now
-        devices[target] = Environment.model_validate(found["environment"])
-        deferred = [each for each in deferred if each.target != target]
-        stages = [_with_row(stage, rows.get(stage.digest), target) for stage in stages]
+        devices[found.target] = found.environment
+        deferred = [each for each in deferred if each.target != found.target]
+        stages = [_with_row(stage, rows.get(stage.digest), found.target) for stage in stages]
     return report.model_copy(update={"stages": stages, "deferred": deferred, "devices": devices})
 
 
@@ -106,10 +121,9 @@ def build_here(
         store = Store(folder.artifacts, command, progress.say)
         device = _Device(folder, report, recipe, target, versions, store, progress, again)
         rows = device.rows()
-        here = environment().model_dump()
-        found = {"target": name, "environment": here, "rows": rows}
+        found = _OnDevice(target=name, environment=environment(), rows=rows)
         (folder.path / "devices").mkdir(exist_ok=True)
-        write_text(folder.path / "devices" / f"{place_name(name)}.json", json.dumps(found, indent=2) + "\n")
+        write_text(folder.path / "devices" / f"{place_name(name)}.json", found.model_dump_json(indent=2) + "\n")
         stopped = len(report.stages) <= len(recipe.stages)  # the gates at the top judge the recipe's last stage
         last = next(iter(recipe.stages[-1])) if stopped else None
         whole = judged(with_devices(report, folder), recipe.gates, last)
@@ -146,8 +160,8 @@ class _Device:
             if artifact.manifest.parent:
                 self.known.setdefault(artifact.manifest.parent, []).append(artifact)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per stage: ``digest`` of the network and the ``result``, JSON."""
+    def rows(self) -> list[_Row]:
+        """One row per stage."""
         stages = [stage for stage in self.report.stages if self._lowered(stage)]
         if not stages:
             where, name = str(self.folder.path), self.target.name
@@ -162,7 +176,7 @@ class _Device:
         for stage in stages:
             result = self._row(stage, shipped[stage.name], shipped[stages[0].name], times.get(stage.name), why)
             result = result.model_copy(update={"components": components.get(stage.name, [])})
-            rows.append({"digest": stage.digest, "result": result.finite().model_dump()})
+            rows.append(_Row(digest=stage.digest, result=result.finite()))
         return rows
 
     def _components(

@@ -9,15 +9,43 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmedge.artifact import digest_of, write_text
 from mmedge.errors import ArtifactError, UsageError
 from mmedge.recipe import Recipe
 
 RUN = "run.json"
+SCHEMA = 1
+Content = TypeVar("Content", bound=BaseModel)
+
+
+class Note(BaseModel):
+    """``run.json``: whose run a folder is.
+
+    Attributes:
+        task: what ``--task`` takes.
+        stages: digest of the recipe's stages.
+        task_digest: of the task that the report is about; None in runs that were made before it was kept.
+        command: the ``mmedge compress`` that makes the run again; None likewise.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = Field(alias="schema")
+    task: str
+    recipe: str
+    stages: str
+    seed: int
+    task_digest: str | None = None
+    command: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """As it is written."""
+        return self.model_dump(by_alias=True)
 
 
 class RunFolder:
@@ -53,23 +81,44 @@ class RunFolder:
                 raise UsageError("another mmedge is working in this folder", where=str(self.path), fix=fix) from err
             yield
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
+    def claim(self, identity: Mapping[str, Any], task_digest: str | None = None, command: str | None = None) -> None:
         """Make the folder this run's, or find that it already is.
 
+        Args:
+            identity: see ``identity_of``.
+            task_digest: of the task as it is now.
+            command: the ``mmedge compress`` that makes the run again.
+
         Raises:
-            UsageError: it is another run's, or holds something else.
+            UsageError: it is another run's, its report is of the task as it was before a change, or it holds
+                something else.
         """
-        note = self.path / RUN
-        if note.exists():
-            theirs = read_json(note)
-            changed = [key for key in identity if theirs.get(key) != identity[key]]
-            if changed:
-                raise UsageError(
-                    f"this folder belongs to another run (it differs in {', '.join(changed)})",
-                    where=str(self.path),
-                    fix="choose another --output, or --fresh to keep the old run aside and start anew",
-                )
-            return
+        if (self.path / RUN).exists():
+            self._expect(identity, task_digest)
+        else:
+            self._expect_nothing()
+        note = Note(**identity, task_digest=task_digest, command=command)
+        write_text(self.path / RUN, json.dumps(note.as_json(), indent=2) + "\n")
+
+    def _expect(self, identity: Mapping[str, Any], task_digest: str | None) -> None:
+        theirs = read_note(self.path)
+        changed = [key for key, value in identity.items() if theirs.as_json()[key] != value]
+        if changed:
+            raise UsageError(
+                f"this folder belongs to another run (it differs in {', '.join(changed)})",
+                where=str(self.path),
+                fix="choose another --output, or --fresh to keep the old run aside and start anew",
+            )
+        # Without a report nobody was told anything of the task before the change: correcting a task and going on is
+        # how runs begin. A run without a digest is older than this check, and may be the task's as it is.
+        if self.report.exists() and theirs.task_digest not in (None, task_digest):
+            raise UsageError(
+                f"the task {theirs.task} is not the one that this run was made of: its code, weights or data differ",
+                where=str(self.path),
+                fix="for a new run: `mmedge compress` with another --output, or --fresh to keep this one aside",
+            )
+
+    def _expect_nothing(self) -> None:
         ours = (".lock", f".{RUN}.partial")  # all that a process killed right here can have left
         strangers = [entry.name for entry in self.path.iterdir() if entry.name not in ours]
         if strangers:
@@ -78,7 +127,6 @@ class RunFolder:
                 where=str(self.path),
                 fix="choose another --output",
             )
-        write_text(note, json.dumps(dict(identity), indent=2) + "\n")
 
     def set_aside(self) -> Path | None:
         """Rename an existing run so that a fresh one can begin; nothing is deleted."""
@@ -105,7 +153,7 @@ class RunFolder:
 def identity_of(recipe: Recipe, seed: int) -> dict[str, Any]:
     """What makes a run that run: task, stages and seed. Targets, gates and profile may change between commands."""
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "task": recipe.task,
         "recipe": recipe.name,
         "stages": digest_of(list(recipe.stages)),
@@ -119,31 +167,48 @@ def default_folder(recipe: Recipe, seed: int) -> Path:
     return Path("runs") / f"{recipe.name}-{task}-{digest_of(identity_of(recipe, seed))[:6]}"
 
 
-def open_run(path: Path) -> tuple[RunFolder, dict[str, Any]]:
+def open_run(path: Path) -> tuple[RunFolder, Note]:
     """An existing run and its ``run.json``.
 
     Raises:
-        UsageError: it is not a run.
+        UsageError: it is not a run, or a newer mmedge's.
+        ArtifactError: ``run.json`` is damaged.
     """
     if not (path / RUN).is_file():
         fix = "give the folder that `mmedge compress` printed, for example runs/int8_distill-av_digits-…"
         raise UsageError("not a run folder: it has no run.json", where=str(path), fix=fix)
-    return RunFolder(path), read_json(path / RUN)
+    return RunFolder(path), read_note(path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+def read_note(path: Path) -> Note:
+    """The ``run.json`` of a run folder.
 
     Raises:
-        ArtifactError: the file is not one.
+        UsageError: a newer mmedge wrote it.
+        ArtifactError: it is damaged.
+    """
+    note = read_json(path / RUN, Note)
+    if note.schema_version != SCHEMA:
+        problem = f"a run of schema {note.schema_version!r}, this mmedge reads {SCHEMA}"
+        fix = "use the mmedge that made the run, or make it anew"
+        raise UsageError(problem, where=str(path / RUN), fix=fix)
+    return note
+
+
+def read_json(path: Path, content: type[Content]) -> Content:
+    """What a JSON file of a run holds.
+
+    Raises:
+        ArtifactError: the file is damaged.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return content.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as err:
+        first = err.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"damaged: {first['msg']}", where=f"{path}: {place}" if place else str(path)) from err
     except (OSError, ValueError) as err:
         raise ArtifactError(f"cannot be read: {err}", where=str(path)) from err
-    if not isinstance(value, dict):
-        raise ArtifactError("not a JSON object", where=str(path))
-    return value
 
 
 def processors() -> int:
