@@ -242,11 +242,27 @@ def test_a_damaged_note_is_said_to_be(finished, tmp_path) -> None:
         open_run(run)
 
 
-def test_a_folder_with_other_things_is_refused(recipe_file, tmp_path) -> None:
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_with_other_things_is_refused(recipe_file, tmp_path, fresh) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UsageError, match=r"not empty and no run's: thesis\.txt"):
-        compress(job(load_recipe(recipe_file), tmp_path), Progress())
+        compress(job(load_recipe(recipe_file), tmp_path, fresh=fresh), Progress())
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("output", [".", ".."])
+def test_fresh_needs_a_folder_with_a_name(finished, monkeypatch, output) -> None:
+    path = finished[1].path
+    monkeypatch.chdir({".": path, "..": path / "artifacts"}[output])
+    with pytest.raises(UsageError, match="has no name here"):
+        RunFolder(Path(output)).set_aside()
+
+
+def test_fresh_leaves_a_run_that_is_worked_on(finished, recipe_file) -> None:
+    _, folder = finished
+    with folder.locked(), pytest.raises(UsageError, match="another mmedge is working"):
+        compress(job(load_recipe(recipe_file), folder.path, fresh=True), Progress())
+    assert folder.report.exists()
 
 
 def test_the_command_to_go_on_sets_nothing_aside(monkeypatch) -> None:

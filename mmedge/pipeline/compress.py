@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -73,9 +74,12 @@ def compress(job: Job, progress: Progress) -> tuple[Report, RunFolder]:
     check_model(task)
     digest = digest_of_task(task)
     folder = RunFolder(job.folder or default_folder(job.recipe, job.seed))
-    if job.fresh and (aside := folder.set_aside()):
-        progress.say(f"the run that was there is now {aside}")
-    with folder.locked(), Team(connected=True) as team:
+    with ExitStack() as held:
+        held.enter_context(folder.locked())
+        if job.fresh and (aside := folder.set_aside()):
+            progress.say(f"the run that was there is now {aside}")
+            held.enter_context(folder.locked())  # the new one; the old one stays locked, in case others wait for it
+        team = held.enter_context(Team(connected=True))
         folder.claim(identity_of(job.recipe, job.seed), digest, job.made_by or job.command)
         folder.save_recipe(job.recipe)
         folder.log("start", command=job.command)

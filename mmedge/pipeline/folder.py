@@ -129,11 +129,23 @@ class RunFolder:
             )
 
     def set_aside(self) -> Path | None:
-        """Rename an existing run so that a fresh one can begin; nothing is deleted."""
-        if not self.path.exists():
+        """Rename an existing run so that a fresh one can begin; nothing is deleted. What is no run stays.
+
+        Call it with the folder locked: a run that is worked on keeps its name.
+
+        Raises:
+            UsageError: the folder cannot be renamed.
+        """
+        if not (self.path / RUN).exists():
             return None
+        fix = "choose another --output"
+        if self.path.name in ("", ".."):
+            raise UsageError("--fresh cannot rename a folder that has no name here", where=str(self.path), fix=fix)
         aside = self.path.with_name(f"{self.path.name}.before-{time.strftime('%Y%m%dT%H%M%S')}")
-        self.path.rename(aside)
+        try:
+            self.path.rename(aside)
+        except OSError as err:
+            raise UsageError(f"cannot be kept aside: {err.strerror}", where=str(self.path), fix=fix) from err
         return aside
 
     def save_recipe(self, recipe: Recipe) -> None:
