@@ -9,8 +9,9 @@ import pytest
 from pydantic import ValidationError
 from reports import final, only, report
 
-from mmedge.report.gates import GatesConfig, evaluate, evaluate_after, modality_names, stage_names, verdict
+from mmedge.report.gates import GatesConfig, evaluate, evaluate_after, modality_names, stage_names
 from mmedge.report.model import Report
+from mmedge.report.verdict import verdict
 
 
 def judged(limits: dict[str, Any], found: Report) -> list[tuple[str, float | None]]:

@@ -75,7 +75,10 @@ def test_save_refuses_what_load_would_refuse(tmp_path: Path) -> None:
         ("[]", ArtifactError, "no schema number"),
         ('{"schema": true}', ArtifactError, "no schema number"),
         ('{"schema": 1}', ArtifactError, "verdict"),
-        ('{"schema": 1, "seed": NaN}', ArtifactError, "NaN"),
+        ('{"schema": 1, "seed": NaN}', ArtifactError, "cannot be read"),
+        ('{"schema": 1, "seed": 1e999}', ArtifactError, "not a finite number: seed"),
+        ('{"schema": 1, "command": "\\ud800"}', ArtifactError, "cannot be read"),
+        ('{"schema": 1, "recipe": ' + 100_000 * "[", ArtifactError, "cannot be read: recursion limit"),
         ('{"schema": 2, "anything": 0}', UsageError, "upgrade"),
     ],
 )
@@ -83,6 +86,17 @@ def test_load_says_what_is_wrong(tmp_path: Path, text: str, error: type[Exceptio
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(error, match=message):
         Report.load(tmp_path)
+
+
+def test_the_verdict_is_that_of_the_gates(tmp_path: Path) -> None:
+    gate = {"name": "max_drop", "stage": "prune", "target": "onnxruntime", "limit": 0.01, "value": 0.02, "reason": "-"}
+    for verdict, judged in (("pass", "fail"), ("fail", "pass")):
+        data = sample(verdict=verdict, gates=[{**gate, "verdict": judged}])
+        (tmp_path / "report.json").write_text(json.dumps(data))
+        with pytest.raises(ArtifactError, match=f"the verdict is '{verdict}', by the gates it is '{judged}'"):
+            Report.load(tmp_path)
+    data["verdict"] = "pass"
+    assert Report.model_validate(data).verdict == "pass"
 
 
 def test_load_names_a_missing_report(tmp_path: Path) -> None:

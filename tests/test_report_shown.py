@@ -10,10 +10,11 @@ import pytest
 from reports import NO_RAILS, ROWS, TOO_FEW, final, only, report, sample
 from rich.console import Console
 
-from mmedge.report.gates import GatesConfig, evaluate, verdict
+from mmedge.report.gates import GatesConfig, evaluate
 from mmedge.report.html import render, write_html
 from mmedge.report.model import Report
 from mmedge.report.terminal import show
+from mmedge.report.verdict import verdict
 
 
 def gated() -> Report:

@@ -26,9 +26,10 @@ from mmedge.pipeline.measure import Measurements
 from mmedge.pipeline.team import Team
 from mmedge.progress import Progress
 from mmedge.recipe import PlannedStage, Recipe, check_modalities, load_recipe, plan, resolved
-from mmedge.report.gates import evaluate_after, verdict
+from mmedge.report.gates import evaluate_after
 from mmedge.report.html import write_html
 from mmedge.report.model import Gate, Input, MetricInfo, Report, TaskInfo
+from mmedge.report.verdict import verdict
 from mmedge.stages.base import Context, Network
 from mmedge.targets.base import Target
 from mmedge.task import Task

@@ -27,8 +27,9 @@ from mmedge.profile.latency import EngineRef, interleaved
 from mmedge.profile.worker import SETTLE, TURN
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe, load_recipe
-from mmedge.report.gates import GatesConfig, evaluate, verdict
+from mmedge.report.gates import GatesConfig, evaluate
 from mmedge.report.model import ComponentResult, Environment, Part, Report, Result, Stage
+from mmedge.report.verdict import verdict
 from mmedge.targets.base import Target
 from mmedge.tensors import Array
 

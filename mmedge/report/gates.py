@@ -6,7 +6,7 @@ To add one: a key in ``Limits`` (``max_…`` or ``min_…``) and its line in ``_
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -125,18 +125,6 @@ def evaluate_after(config: GatesConfig, report: Report, stage: str) -> list[Gate
     """Judge only the gates right after one stage: what decides whether the line goes on."""
     limits = config.after.get(stage)
     return [] if limits is None else _judge(limits, report, stage)
-
-
-def verdict(gates: Iterable[Gate]) -> Literal["pass", "fail"]:
-    """``fail`` when a gate failed, or was measured on no target at all; ``pass`` otherwise, also without gates."""
-    return "fail" if blame(gates) else "pass"
-
-
-def blame(gates: Iterable[Gate]) -> list[Gate]:
-    """The gates that make the run fail: those that failed, and those that were measured on no target."""
-    gates = list(gates)
-    measured = {(gate.name, gate.stage) for gate in gates if gate.verdict != "not_measured"}
-    return [gate for gate in gates if gate.verdict == "fail" or (gate.name, gate.stage) not in measured]
 
 
 def _judge(limits: Limits, report: Report, stage_name: str) -> list[Gate]:

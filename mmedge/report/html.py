@@ -9,7 +9,6 @@ from typing import Any
 
 from mmedge.artifact import write_text
 from mmedge.errors import UsageError, needs_extra
-from mmedge.report.gates import blame
 from mmedge.report.model import Gate, Latency, Report, Result, Stage
 from mmedge.report.plot import latency_accuracy
 from mmedge.report.values import (
@@ -30,6 +29,7 @@ from mmedge.report.values import (
     speedup_range,
     with_unit,
 )
+from mmedge.report.verdict import blame
 from mmedge.report.words import components, device_times, findings, fusion, others, verdicts, waiting
 
 _TEMPLATE = "report.html.j2"

@@ -13,10 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import from_json
 from typing_extensions import Self
 
 from mmedge.artifact import write_text
 from mmedge.errors import ArtifactError, UsageError
+from mmedge.report.verdict import verdict
 
 SCHEMA: Final = 1
 REPORT = "report.json"
@@ -464,7 +466,7 @@ class Report(Part):
         """
         file = path / REPORT if path.is_dir() else path
         try:
-            data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
+            data = from_json(file.read_bytes(), allow_inf_nan=False)  # refuses what is nested deep, too
         except FileNotFoundError as err:
             fix = "give a run folder that `mmedge compress` has finished"
             raise UsageError(f"no {REPORT} here", where=str(path), fix=fix) from err
@@ -476,7 +478,15 @@ class Report(Part):
         if version > SCHEMA:
             problem = f"report schema {version}, this mmedge reads up to {SCHEMA}"
             raise UsageError(problem, where=str(file), fix="pip install --upgrade mmedge")
+        if places := list(_not_finite(data)):  # 1e999
+            raise ArtifactError(f"not a finite number: {', '.join(places)}", where=str(file), fix=_REDO)
         return _validated(data, file)
+
+    @model_validator(mode="after")
+    def _verdict_follows_from_gates(self) -> Self:
+        if self.verdict != (judged := verdict(self.gates)):
+            raise ValueError(f"the verdict is {self.verdict!r}, by the gates it is {judged!r}")
+        return self
 
     @model_validator(mode="after")
     def _stages_form_a_line(self) -> Self:
@@ -503,10 +513,6 @@ def _validated(data: Any, file: Path) -> Report:
         first = err.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ArtifactError(f"not a report: {first['msg']}", where=f"{file}: {place}", fix=_REDO) from err
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _nulls(part: Part, exempt: frozenset[str], prefix: str = "") -> Iterator[str]:
