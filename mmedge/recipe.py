@@ -19,6 +19,7 @@ from mmedge.errors import RecipeError, UsageError, unknown
 from mmedge.report.gates import GatesConfig, modality_names, stage_names
 
 FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # wheel, editable install
+LONGEST_NAME = 100  # bytes; with the task's name and a hash it is one part of a path, of which systems take 255
 MOST_VALUES = 100_000  # of a recipe, aliases written out: a page of them can stand for more than memory holds
 
 
@@ -131,6 +132,8 @@ class Recipe(BaseModel):
     def _fit_for_a_folder(cls, name: str) -> str:
         if "/" in name or "\\" in name:
             raise ValueError("must have no slash: run folders are named after it")
+        if not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+            raise ValueError(f"must be printable and at most {LONGEST_NAME} bytes: run folders are named after it")
         return name
 
     @field_validator("targets")
@@ -337,11 +340,21 @@ def _values(value: Any, known: dict[int, int]) -> int:
     return known[id(value)]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> str:
+    """The text of a recipe file.
+
+    Raises:
+        RecipeError: it cannot be read, or is not text.
+    """
     try:
-        raw = _parse(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
         raise RecipeError(f"cannot be read: {err}", where=path.name) from err
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = _parse(read_recipe(path))
     except yaml.YAMLError as err:
         mark = getattr(err, "problem_mark", None)
         place = f"{path.name}: line {mark.line + 1}" if mark else path.name

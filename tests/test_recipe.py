@@ -171,6 +171,9 @@ MISTAKES = {
     "empty stage": (HEAD + "stages: [{}]", "mine.yaml: stages[0]", "one stage name"),
     "stages as mapping": (HEAD + "stages: {prune: {}}", "mine.yaml: stages", "array"),
     "name with a slash": (HEAD + "name: ../mine", "mine.yaml: name", "must have no slash"),
+    "name with a line break": (HEAD + 'name: "a\\nb"', "mine.yaml: name", "must be printable"),
+    "name with a null": (HEAD + 'name: "a\\0b"', "mine.yaml: name", "must be printable"),
+    "name too long": (HEAD + "name: " + 51 * "ä", "mine.yaml: name", "at most 100 bytes"),
     "name is zero": (HEAD + "name: 0", "mine.yaml: name", "valid string, not 0"),
     "prune after quantize": (
         HEAD + "stages: [distill, quantize, prune]",
@@ -190,10 +193,15 @@ def test_mistake_is_named_at_its_place(tmp_path: Path, text: str, place: str, sa
     assert caught.value.exit_status == 2
 
 
-def test_file_that_cannot_be_read(tmp_path: Path) -> None:
+def test_file_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine.yaml").write_bytes(b"task: \xff\xfe")
     with pytest.raises(RecipeError, match=r"mine\.yaml: cannot be read"):
         load_recipe(tmp_path / "mine.yaml")
+    outcome = mmedge(monkeypatch, capsys, "recipe", "show", tmp_path / "mine.yaml")
+    assert outcome.status == 2
+    assert "mine.yaml: cannot be read" in outcome.err
     with pytest.raises(RecipeError, match=r"nowhere\.yaml: cannot be read"):
         load_recipe(tmp_path / "nowhere.yaml")
 
@@ -390,6 +398,10 @@ USAGE = {
     "no run": ["report", "nowhere"],
     "no run to build": ["build", "nowhere", "--target", "torch"],
     "no run to profile": ["profile", "nowhere"],
+    "too many threads": ["profile", "nowhere", "--threads", "257"],
+    "bytes for a folder": ["report", "caf\udce9"],
+    "bytes for a recipe": ["recipe", "check", "./caf\udce9.yaml"],
+    "unknown option of a target": ["recipe", "check", "int8_distill", "--set", "targets.0=onnxruntime:provder=cuda"],
 }
 SUGGESTIONS = {
     "unknown recipe": "int8_distill",
@@ -400,6 +412,12 @@ SUGGESTIONS = {
     "unknown subcommand": "check",
     "bad set": "prune",
     "unknown target to show": "openvino",
+    "unknown option of a target": "provider",
+}
+SAID = {
+    "too many threads": "1<=x<=256",
+    "bytes for a folder": "not UTF-8 text",
+    "bytes for a recipe": "not UTF-8 text",
 }
 
 
@@ -411,6 +429,7 @@ def test_usage_errors_end_with_status_2(
     outcome = mmedge(monkeypatch, capsys, *USAGE[name])
     assert outcome.status == 2
     assert outcome.err.strip()
+    assert SAID.get(name, "") in outcome.err
     if name in SUGGESTIONS:
         assert "did you mean" in outcome.err.lower()
         assert f"'{SUGGESTIONS[name]}'" in outcome.err

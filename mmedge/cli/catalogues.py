@@ -32,12 +32,10 @@ def recipe_list(as_json: bool, quiet: bool, verbose: bool) -> None:
 @result_options
 def recipe_show(name: str, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Print a recipe, comments included: a file to start from."""
-    from mmedge.recipe import find_recipe, load_recipe
+    from mmedge.recipe import find_recipe, load_recipe, read_recipe
 
     path = find_recipe(name)
-    click.echo(
-        json.dumps(load_recipe(path).as_json(), indent=2) if as_json else path.read_text(encoding="utf-8"), nl=False
-    )
+    click.echo(json.dumps(load_recipe(path).as_json(), indent=2) if as_json else read_recipe(path), nl=False)
 
 
 @recipe.command("check")
@@ -45,12 +43,16 @@ def recipe_show(name: str, as_json: bool, quiet: bool, verbose: bool) -> None:
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the recipe first; repeatable.")
 @result_options
 def recipe_check(name: str, changes: tuple[str, ...], as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Check a recipe without running it: keys, types, ranges, names, and the order of its stages."""
+    """Check a recipe without running it: keys, types, ranges, names, targets' options, and the order of its stages."""
     require_workstation()
+    from mmedge import plugins
     from mmedge.recipe import find_recipe, load_recipe, plan
 
     path = find_recipe(name)
-    stages = plan(load_recipe(path, changes=changes), path.name)
+    checked = load_recipe(path, changes=changes)
+    for target in checked.targets:
+        plugins.target(target)  # refuses options; whether it can be used here is another question
+    stages = plan(checked, path.name)
     names = [stage.name for stage in stages]
     click.echo(json.dumps({"valid": True, "stages": names}) if as_json else f"{path.name}: good, {' → '.join(names)}")
 

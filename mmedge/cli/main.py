@@ -13,7 +13,7 @@ import click
 
 from mmedge import __version__
 from mmedge.cli import catalogues, doctor, forecast, runs
-from mmedge.errors import MmedgeError
+from mmedge.errors import MmedgeError, UsageError
 
 EPILOG = (
     "Exit status: 0 done; 1 a bug in mmedge; 2 usage, recipe or task error; 3 a gate failed (the run and its report "
@@ -46,6 +46,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     verbose = any(argument in ("-v", "--verbose") for argument in arguments)
     try:
+        _refuse_bytes(arguments)
         status = cli.main(arguments, prog_name="mmedge", standalone_mode=False)
     except click.ClickException as err:
         err.show()
@@ -69,6 +70,17 @@ def main() -> None:
         print(f"error: this is a bug in mmedge ({type(err).__name__}); please report it", file=sys.stderr)
         status = 1
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _refuse_bytes(arguments: list[str]) -> None:
+    """Names go into reports and manifests, which are UTF-8.
+
+    Raises:
+        UsageError: an argument is not text in the encoding of this system.
+    """
+    for argument in arguments:
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):
+            raise UsageError("it is not UTF-8 text", where=f"argument {argument!r}", fix="rename the file or folder")
 
 
 def _let_the_first_speak() -> None:

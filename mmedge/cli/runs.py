@@ -140,7 +140,7 @@ def build(run: Path, target: str, as_json: bool, quiet: bool, verbose: bool) -> 
 @click.option(
     "--duration", type=click.FloatRange(0, min_open=True), metavar="S", help="Stop timing a target after this long."
 )
-@click.option("--threads", type=click.IntRange(1), help="Threads of a CPU engine.")
+@click.option("--threads", type=click.IntRange(1, 256), help="Threads of a CPU engine.")
 @result_options
 def profile(
     path: Path,
