@@ -290,5 +290,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _disk_error(err: OSError, path: Path, doing: str) -> ArtifactError:
-    fix = "free some space or choose another --output, then run the same command: it resumes"
+    fix = "free some space or choose another place to write to, then run the same command: what is finished is kept"
     return ArtifactError(f"{doing} failed: {err.strerror or err}", where=str(path.parent), fix=fix)

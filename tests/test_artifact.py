@@ -252,7 +252,7 @@ def test_text_file_is_the_old_one_or_the_new_one(small_disk: Path) -> None:
 
 def test_place_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "artifacts").write_text("mine")
-    with pytest.raises(ArtifactError, match="choose another --output"):
+    with pytest.raises(ArtifactError, match="choose another place"):
         store(tmp_path / "artifacts")
     assert (tmp_path / "artifacts").read_text() == "mine"
 
@@ -262,7 +262,7 @@ def test_trouble_of_the_disk_is_told_from_trouble_of_the_writer(tmp_path: Path, 
     def write(folder: Path) -> Mapping[str, Any]:
         raise OSError(number, os.strerror(number))
 
-    with pytest.raises(ArtifactError, match="free some space or choose another --output"):
+    with pytest.raises(ArtifactError, match="free some space or choose another place"):
         store(tmp_path).make("torch", "prune", INPUTS, write)
 
     def wrong(folder: Path) -> Mapping[str, Any]:

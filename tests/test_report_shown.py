@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from command import mmedge
 from reports import NO_RAILS, ROWS, TOO_FEW, final, only, report, sample
 from rich.console import Console
 
@@ -175,3 +176,13 @@ def test_page_takes_names_in_any_script(recwarn: pytest.WarningsRecorder) -> Non
     data["stages"][3]["name"] = "量化"
     assert "量化" in render(Report.model_validate(data))
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["", "nowhere/page.html"])
+def test_page_needs_a_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    report().save(tmp_path / "report.json")
+    outcome = mmedge(monkeypatch, capsys, "report", tmp_path, "--html", name)
+    assert outcome.status == 2
+    assert "no file can be written there\n  name a file in a folder that exists" in outcome.err

@@ -195,6 +195,10 @@ def report(run: Path, html: Path | None, as_json: bool, quiet: bool, verbose: bo
 
     found = Report.load(run)
     if html is not None:
+        if not html.name or not html.parent.is_dir():
+            raise UsageError(
+                "no file can be written there", where=f"--html {str(html)!r}", fix="name a file in a folder that exists"
+            )
         from mmedge.report.html import write_html
 
         write_html(found, html)
