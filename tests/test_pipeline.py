@@ -332,14 +332,23 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(finished, recipe_file
     assert not list((folder / "artifacts").glob(".making-*"))
 
 
-def test_interrupted_it_says_how_to_go_on(recipe_file, tmp_path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_it_says_how_to_go_on_and_leaves_no_temporary_folder(recipe_file, tmp_path, number) -> None:
     folder = tmp_path / "run"
     line = [sys.executable, "-m", "mmedge.cli.main", "compress", "--recipe", str(recipe_file), "--output", str(folder)]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (a shell's background jobs ignore it)
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
-        wait_for(lambda: list(folder.glob("artifacts/baseline-*/manifest.json")), process)
-        os.kill(process.pid, signal.SIGINT)
+    heard = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731  (a shell's background jobs ignore some)
+    with subprocess.Popen(
+        line,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heard,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as process:
+        wait_for(lambda: list(tmp_path.glob("mmedge-profile-*/spec.json")), process)
+        os.kill(process.pid, number)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"--output {folder}" in said
     assert "Traceback" not in said
+    assert not list(tmp_path.glob("mmedge-*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -45,6 +46,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal without "×" gets a question mark, not a traceback
     arguments = sys.argv[1:]
     verbose = any(argument in ("-v", "--verbose") for argument in arguments)
+    _hear_the_end()
     try:
         _refuse_bytes(arguments)
         status = cli.main(arguments, prog_name="mmedge", standalone_mode=False)
@@ -70,6 +72,16 @@ def main() -> None:
         print(f"error: this is a bug in mmedge ({type(err).__name__}); please report it", file=sys.stderr)
         status = 1
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _hear_the_end() -> None:
+    """Take the signals that end a process as Ctrl-C is taken: temporary folders go, and the user is told how to go on.
+
+    Not where a launcher started the process: it ends the others of a team so when one has failed and told why.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if "RANK" not in os.environ and signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, signal.default_int_handler)
 
 
 def _refuse_bytes(arguments: list[str]) -> None:
