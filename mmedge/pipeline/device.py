@@ -58,7 +58,7 @@ def with_devices(report: Report, folder: RunFolder) -> Report:
     devices: dict[str, Environment] = {}
     stages, deferred = list(report.stages), list(report.deferred)
     for file in sorted((folder.path / "devices").glob("*.json")):
-        found = read_json(file, _OnDevice)
+        found = read_json(file, _OnDevice, "move it away, and make it anew on the device: `mmedge build`")
         rows = {row.digest: row.result for row in found.rows}
         if not any(stage.digest in rows for stage in stages):
             continue  # the run has other networks by now

@@ -199,7 +199,7 @@ def read_note(path: Path) -> Note:
         UsageError: a newer mmedge wrote it.
         ArtifactError: it is damaged.
     """
-    note = read_json(path / RUN, Note)
+    note = read_json(path / RUN, Note, "put it back, or keep the folder aside: `mmedge compress` with --fresh")
     if note.schema_version != SCHEMA:
         problem = f"a run of schema {note.schema_version!r}, this mmedge reads {SCHEMA}"
         fix = "use the mmedge that made the run, or make it anew"
@@ -207,20 +207,21 @@ def read_note(path: Path) -> Note:
     return note
 
 
-def read_json(path: Path, content: type[Content]) -> Content:
+def read_json(path: Path, content: type[Content], fix: str) -> Content:
     """What a JSON file of a run holds.
 
     Raises:
-        ArtifactError: the file is damaged.
+        ArtifactError: the file is damaged; ``fix`` says what to do then.
     """
     try:
         return content.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as err:
         first = err.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(f"damaged: {first['msg']}", where=f"{path}: {place}" if place else str(path)) from err
+        where = f"{path}: {place}" if place else str(path)
+        raise ArtifactError(f"damaged: {first['msg']}", where=where, fix=fix) from err
     except (OSError, ValueError) as err:
-        raise ArtifactError(f"cannot be read: {err}", where=str(path)) from err
+        raise ArtifactError(f"cannot be read: {err}", where=str(path), fix=fix) from err
 
 
 def processors() -> int:

@@ -512,7 +512,9 @@ def _validated(data: Any, file: Path) -> Report:
     except ValidationError as err:
         first = err.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(f"not a report: {first['msg']}", where=f"{file}: {place}", fix=_REDO) from err
+        raise ArtifactError(
+            f"not a report: {first['msg']}", where=f"{file}: {place}" if place else str(file), fix=_REDO
+        ) from err
 
 
 def _nulls(part: Part, exempt: frozenset[str], prefix: str = "") -> Iterator[str]:
