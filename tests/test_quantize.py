@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +23,7 @@ from mmedge.pipeline.line import release_of
 from mmedge.progress import Progress
 from mmedge.stages.base import Context, Network, Saved, as_tensors, outputs_of
 from mmedge.stages.quantize import Quantize
-from mmedge.targets.base import Lowering
+from mmedge.targets.base import Coverage, Lowering
 from mmedge.targets.onnxruntime import OnnxRuntime
 from mmedge.targets.openvino import OpenVino
 from mmedge.task import Batch, Metric, Task, accuracy
@@ -68,12 +70,29 @@ def quantized():
     return quantize(Residual)
 
 
-def quantize(model: type[nn.Module], **config):
+def quantize(model: Callable[[], nn.Module], **config):
     torch.manual_seed(0)
     task = random_task(model())
     context = Context(task, task.model, 0, Progress(), lambda name, inputs, compute: compute())
     stage = Quantize(Quantize.Config(calibration={"samples": 32}, **config))
     return task, context, stage, stage.run(Network(task.model), context)
+
+
+def of_pytorch(case) -> np.ndarray:
+    """What the quantized network gives for the example."""
+    task, context, stage, saved = case
+    network = stage.restore(Network(task.model), saved, context)
+    with torch.no_grad():
+        return outputs_of(network.module, as_tensors(task.example().inputs), task.outputs)["logits"].numpy()
+
+
+def of_onnxruntime(case, folder: Path) -> tuple[np.ndarray, Coverage]:
+    """What ONNX Runtime makes of the example, and which layers it runs in INT8."""
+    (folder / "engine").mkdir()
+    coverage = OnnxRuntime().build(folder / "model.onnx", folder / "engine").coverage
+    assert coverage is not None
+    with OnnxRuntime().runner(folder / "engine", 1) as run:
+        return run(case[0].example().inputs)["logits"], coverage
 
 
 def test_every_weighted_layer_is_quantized_and_named_by_its_module(quantized) -> None:
@@ -255,17 +274,8 @@ def test_cpu_form_has_unsigned_activations_with_zero_at_the_bottom_after_relu(qu
     ids=["tensorrt", "openvino", "onnxruntime"],
 )
 def test_every_form_computes_what_pytorch_computes(quantized, tmp_path, lowering: Lowering) -> None:
-    task, context, stage, saved = quantized
     lowered(quantized, tmp_path, lowering)
-    network = stage.restore(Network(task.model), saved, context)
-    batch = task.example()
-    with torch.no_grad():
-        expected = outputs_of(network.module, as_tensors(batch.inputs), task.outputs)["logits"].numpy()
-    (tmp_path / "engine").mkdir()
-    target = OnnxRuntime()
-    target.build(tmp_path / "model.onnx", tmp_path / "engine")
-    with target.runner(tmp_path / "engine", 1) as run:
-        found = run(batch.inputs)["logits"]
+    expected, (found, _) = of_pytorch(quantized), of_onnxruntime(quantized, tmp_path)
     # Kernels round sums in another order than PyTorch's float emulation: a few activations land one step aside.
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
     cosine = float((found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected))
@@ -280,6 +290,33 @@ def test_onnxruntime_runs_every_weighted_layer_in_int8(quantized, tmp_path) -> N
     layers = {name.partition("/")[0] for name in coverage.int8}
     assert layers == {"stem", "conv", "depthwise", "up", "mix", "head"}, coverage
     assert not coverage.other
+
+
+class Dead(nn.Module):
+    """A layer with small inputs and channels without weights, or nearly so, but with a bias."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(4, 4)
+        with torch.no_grad():
+            layer.weight[:2] *= torch.tensor([0, 1e-6]).reshape(-1, *[1] * (layer.weight.ndim - 1))
+            layer.bias += 3
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = image * 1e-3
+        x = F.relu(self.layer(x)).mean((2, 3)) if self.layer.weight.ndim == 4 else F.relu(self.layer(x.mean((2, 3))))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: nn.Conv2d(3, 4, 3), lambda: nn.Linear(3, 4)], ids=["convolution", "linear layer"]
+)
+def test_onnxruntime_adds_the_bias_of_a_channel_without_weights(layer, tmp_path) -> None:
+    case = quantize(lambda: Dead(layer()))
+    lowered(case, tmp_path, OnnxRuntime.lowering)
+    wanted, (found, coverage) = of_pytorch(case), of_onnxruntime(case, tmp_path)
+    assert not coverage.other
+    assert np.abs(found - wanted).max() < 0.001 * np.abs(wanted).max()
 
 
 class Between(nn.Module):

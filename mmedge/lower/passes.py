@@ -1,4 +1,4 @@
-"""Rewrites of a Q/DQ graph. The integers that flow stay the same, or the same plus 128; only a bias may be rounded."""
+"""Rewrites of a Q/DQ graph. The integers that flow stay the same, or the same plus 128."""
 
 from __future__ import annotations
 
@@ -329,33 +329,6 @@ def drop_weight_zero_points(model: ir.Model) -> None:
         zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
         if constant(node.inputs[0]) is not None and zero is not None and not zero.any():
             node.resize_inputs(2)
-
-
-def int32_bias_of_gemm(model: ir.Model) -> None:
-    """Quantize the bias of INT8 ``Gemm`` to int32 with scale ``x_scale * w_scale``, behind a pair of its own.
-
-    Without it ONNX Runtime runs the product in float. TensorRT cannot parse an int32 DequantizeLinear, and ONNX
-    Runtime needs none for convolutions (it quantizes their bias itself) nor for MatMul (its result is float).
-    """
-    for node in nodes(model, "Gemm"):
-        pair, weight = activation_pair(node.inputs[0]), quantized_weight(node.inputs[1])
-        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        if pair is None or weight is None or bias is None:
-            continue
-        x_scale, w_scale = constant(pair[1].inputs[1]), constant(weight.inputs[1])
-        if x_scale is None or w_scale is None or w_scale.size != bias.size:
-            continue
-        scale = x_scale.astype(np.float64) * w_scale.astype(np.float64)
-        limits = np.iinfo(np.int32)
-        integers = np.clip(np.rint(bias / scale), limits.min, limits.max).astype(np.int32)
-        inputs = [
-            add_constant(model, f"{node.name}.bias_int32", integers),
-            add_constant(model, f"{node.name}.bias_scale", scale.astype(np.float32)),
-        ]
-        dequantize = ir.node("DequantizeLinear", inputs, attributes={"axis": 0}, name=f"{node.name}/bias")
-        dequantize.outputs[0].name = f"{node.name}/bias"
-        model.graph.insert_before(node, dequantize)
-        node.replace_input_with(2, dequantize.outputs[0])
 
 
 def remove_unused(model: ir.Model) -> None:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from mmedge.lower import attention, passes
 from mmedge.lower.guard import guard_float_layers
 from mmedge.lower.half import to_float16
+from mmedge.lower.int32_bias import int32_biases
 from mmedge.lower.onnxruntime_ops import integer_products
 from mmedge.lower.projections import merge_projections
 from mmedge.lower.subpixel import without_transposed
@@ -19,7 +20,7 @@ from mmedge.tensors import Array
 
 INLINE_LIMIT = 1_500_000_000  # bytes; a protobuf message ends at 2 GiB
 LARGE_TENSOR = 1 << 16  # bytes; smaller ones, all scales among them, stay in the graph
-VERSION = 9  # raise it when a pass changes: cached engines expire
+VERSION = 10  # raise it when a pass changes: cached engines expire
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _integers(graph: ir.Model, lowering: Lowering) -> None:
         without_transposed(graph)
     passes.drop_idle_pairs(graph, keep_convolutions=lowering.quantized_outputs == "all")
     if lowering.int32_bias:
-        passes.int32_bias_of_gemm(graph)
+        int32_biases(graph)
     if lowering.unsigned_activations:
         passes.unsigned_activations(graph, lowering.unsigned_activations)
     if not lowering.weight_zero_points:

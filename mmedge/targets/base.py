@@ -32,7 +32,7 @@ class Lowering:
         quantized_outputs: quantize what INT8 convolutions give: all of it, or what goes into residual sums, whose skip
             connections are quantized anyway.
         transposed_convolutions: leave INT8 transposed convolutions as they are, rather than make plain ones of them.
-        int32_bias: give quantized Gemm an int32 bias behind its own DequantizeLinear.
+        int32_bias: make biases of INT8 layers fit into int32, and give Gemm such a one behind its own DequantizeLinear.
         guarded: keep layers with float weights between INT8 ones from being quantized by the runtime.
         microsoft_operators: use ONNX Runtime's own operators where they save a pass over memory.
         float_type: what is not INT8 is computed in float32, or in float16 with float32 islands for norms.

@@ -1,0 +1,69 @@
+"""Biases of INT8 layers as ONNX Runtime adds them: int32, in steps of the input's scale times the weight's.
+
+Such a step may be too small for the bias. A channel that pruning or training left without weights has the smallest
+scale there is, and small inputs have a small one; a few of their steps reach the 2^31 that int32 holds, and what is
+beyond is clipped.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from mmedge.lower.passes import activation_pair, add_constant, constant, nodes, quantized_weight
+from mmedge.tensors import Array
+
+MOST_STEPS = 2**30  # of a bias; as much is left for the sum of products, 2^16 of the largest ones
+
+
+def int32_biases(model: ir.Model) -> None:
+    """Make every bias of an INT8 ``Conv`` and ``Gemm`` fit into int32, and quantize those of ``Gemm``.
+
+    ONNX Runtime quantizes the bias of a convolution itself. Without an int32 bias it runs a ``Gemm`` in float. TensorRT
+    cannot parse an int32 DequantizeLinear, and a MatMul needs none: its result is float.
+    """
+    for node in nodes(model, "Conv", "Gemm"):
+        pair, weight = activation_pair(node.inputs[0]), quantized_weight(node.inputs[1])
+        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if pair is None or weight is None or bias is None:
+            continue
+        x_scale, w_scale = constant(pair[1].inputs[1]), constant(weight.inputs[1])
+        if x_scale is None or w_scale is None or w_scale.size != bias.size:
+            continue
+        smallest = np.abs(bias.astype(np.float64)) / x_scale / MOST_STEPS
+        if (smallest > w_scale).any():
+            w_scale = np.maximum(w_scale, smallest).astype(w_scale.dtype)
+            node.replace_input_with(1, _coarser(model, weight, w_scale))
+        if node.op_type == "Gemm":
+            _quantize_bias(model, node, bias, x_scale.astype(np.float64) * w_scale)
+
+
+def _coarser(model: ir.Model, weight: ir.Node, scale: Array) -> ir.Value:
+    """A weight with larger scales, its integers rounded to them: next to such a bias its products hardly count."""
+    integers, before, *zero = (value for value in weight.inputs if value is not None)
+    stored, old = constant(integers), constant(before)
+    assert stored is not None
+    assert old is not None
+    axis = weight.attributes.get_int("axis", 1)
+    ratio = (old / scale).reshape([-1 if i == axis else 1 for i in range(stored.ndim)])
+    inputs = [
+        add_constant(model, f"{integers.name}.coarser", np.rint(stored * ratio).astype(np.int8)),
+        add_constant(model, f"{before.name}.coarser", scale),
+        *zero,
+    ]
+    return _dequantized(model, weight, inputs, axis, f"{weight.name}/coarser")
+
+
+def _quantize_bias(model: ir.Model, gemm: ir.Node, bias: Array, scale: Array) -> None:
+    inputs = [
+        add_constant(model, f"{gemm.name}.bias_int32", np.rint(bias / scale).astype(np.int32)),
+        add_constant(model, f"{gemm.name}.bias_scale", scale.astype(np.float32)),
+    ]
+    gemm.replace_input_with(2, _dequantized(model, gemm, inputs, 0, f"{gemm.name}/bias"))
+
+
+def _dequantized(model: ir.Model, before: ir.Node, inputs: list[ir.Value], axis: int, name: str) -> ir.Value:
+    dequantize = ir.node("DequantizeLinear", inputs, attributes={"axis": axis}, name=name)
+    dequantize.outputs[0].name = name
+    model.graph.insert_before(before, dequantize)
+    return dequantize.outputs[0]
