@@ -23,7 +23,7 @@ from mmedge.pipeline.line import release_of
 from mmedge.progress import Progress
 from mmedge.stages.base import Context, Network, Saved, as_tensors, outputs_of
 from mmedge.stages.quantize import Quantize
-from mmedge.targets.base import Coverage, Lowering
+from mmedge.targets.base import Build, Lowering
 from mmedge.targets.onnxruntime import OnnxRuntime
 from mmedge.targets.openvino import OpenVino
 from mmedge.task import Batch, Metric, Task, accuracy
@@ -86,13 +86,12 @@ def of_pytorch(case) -> np.ndarray:
         return outputs_of(network.module, as_tensors(task.example().inputs), task.outputs)["logits"].numpy()
 
 
-def of_onnxruntime(case, folder: Path) -> tuple[np.ndarray, Coverage]:
-    """What ONNX Runtime makes of the example, and which layers it runs in INT8."""
+def of_onnxruntime(case, folder: Path) -> tuple[np.ndarray, Build]:
+    """What ONNX Runtime makes of the example, and what it says of its kernels."""
     (folder / "engine").mkdir()
-    coverage = OnnxRuntime().build(folder / "model.onnx", folder / "engine").coverage
-    assert coverage is not None
+    build = OnnxRuntime().build(folder / "model.onnx", folder / "engine")
     with OnnxRuntime().runner(folder / "engine", 1) as run:
-        return run(case[0].example().inputs)["logits"], coverage
+        return run(case[0].example().inputs)["logits"], build
 
 
 def test_every_weighted_layer_is_quantized_and_named_by_its_module(quantized) -> None:
@@ -314,9 +313,31 @@ class Dead(nn.Module):
 def test_onnxruntime_adds_the_bias_of_a_channel_without_weights(layer, tmp_path) -> None:
     case = quantize(lambda: Dead(layer()))
     lowered(case, tmp_path, OnnxRuntime.lowering)
-    wanted, (found, coverage) = of_pytorch(case), of_onnxruntime(case, tmp_path)
-    assert not coverage.other
+    wanted, (found, build) = of_pytorch(case), of_onnxruntime(case, tmp_path)
+    assert not build.coverage.other
     assert np.abs(found - wanted).max() < 0.001 * np.abs(wanted).max()
+
+
+class Averaged(nn.Module):
+    """The corner of an image of 12 pixels, averaged in steps of 2: of 3, one is beyond, another one may be padding."""
+
+    def __init__(self, padding: int) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.pool = nn.AvgPool2d(3, 2, padding, ceil_mode=True)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.last(self.pool(F.relu(self.stem(image))))[..., -1, -1]
+
+
+@pytest.mark.parametrize(("padding", "kernel"), [(0, "QLinearAveragePool"), (1, "AveragePool")])
+def test_onnxruntime_averages_what_is_there_of_a_window_that_reaches_beyond(padding, kernel, tmp_path) -> None:
+    case = quantize(lambda: Averaged(padding))
+    lowered(case, tmp_path, OnnxRuntime.lowering)
+    wanted, (found, build) = of_pytorch(case), of_onnxruntime(case, tmp_path)
+    assert np.abs(found - wanted).max() < 0.01 * np.abs(wanted).max()
+    assert build.facts["kernels"][kernel] == 1
+    assert not build.coverage.other
 
 
 class Between(nn.Module):

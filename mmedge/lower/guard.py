@@ -4,6 +4,9 @@ Where a Conv, ConvTranspose or Gemm with float weights stands between INT8 layer
 optimizer ``WeightBiasQuantization``) quantizes the weights itself, with one scale for all channels. It wants one scale
 for the layer's input too, and moves the DequantizeLinear there from before a reshape or a max pooling. One scale per
 channel, all the same, gives the same values and stops both.
+
+An average of integers is wrong there where the last window reaches beyond padding that counts: it is divided by more
+places than there are (1.32; its float AveragePool is right).
 """
 
 from __future__ import annotations
@@ -37,10 +40,30 @@ def guard_float_layers(model: ir.Model) -> None:
         reader.replace_input_with(0, own.outputs[0])
 
 
+def guard_averages(model: ir.Model) -> None:
+    """Average integers only where ONNX Runtime does it right.
+
+    Without padding it makes no difference whether that counts, and is right where it does not. With padding, a Clip
+    without bounds keeps the kernel from taking the integers.
+    """
+    for node in nodes(model, "AveragePool"):
+        attributes = node.attributes
+        if not (attributes.get_int("ceil_mode", 0) and attributes.get_int("count_include_pad", 0)):
+            continue
+        if not any(attributes.get_ints("pads", ())):
+            attributes["count_include_pad"] = ir.AttrInt64("count_include_pad", 0)
+        elif max(attributes.get_ints("strides", [1])) > 1 and _dequantized(node) is not None:
+            clip = ir.node("Clip", node.inputs[:1], name=f"{node.name}/guarded")
+            model.graph.insert_before(node, clip)
+            node.replace_input_with(0, clip.outputs[0])
+
+
 def _source(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
-    """The DequantizeLinear that a layer with float weights reads, moved at most, and what reads it on the way there."""
-    if constant(node.inputs[1]) is None:
-        return None
+    return _dequantized(node) if constant(node.inputs[1]) is not None else None
+
+
+def _dequantized(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+    """What reads a DequantizeLinear on the way to a node, which only moves values, and the DequantizeLinear."""
     while (before := producer(node.inputs[0], *PASSED)) is not None:
         node = before
     dequantize = producer(node.inputs[0], "DequantizeLinear")

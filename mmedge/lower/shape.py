@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from mmedge.lower import attention, passes
-from mmedge.lower.guard import guard_float_layers
+from mmedge.lower.guard import guard_averages, guard_float_layers
 from mmedge.lower.half import to_float16
 from mmedge.lower.int32_bias import int32_biases
 from mmedge.lower.onnxruntime_ops import integer_products
@@ -64,6 +64,7 @@ def shape_for(
     _around_attention(graph, lowering)
     if lowering.guarded:
         guard_float_layers(graph)
+        guard_averages(graph)
     if lowering.microsoft_operators:
         integer_products(graph)
     passes.remove_unused(graph)

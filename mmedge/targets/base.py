@@ -33,7 +33,8 @@ class Lowering:
             connections are quantized anyway.
         transposed_convolutions: leave INT8 transposed convolutions as they are, rather than make plain ones of them.
         int32_bias: make biases of INT8 layers fit into int32, and give Gemm such a one behind its own DequantizeLinear.
-        guarded: keep layers with float weights between INT8 ones from being quantized by the runtime.
+        guarded: keep the runtime from quantizing layers with float weights between INT8 ones, and from averaging
+            integers where it does so wrongly.
         microsoft_operators: use ONNX Runtime's own operators where they save a pass over memory.
         float_type: what is not INT8 is computed in float32, or in float16 with float32 islands for norms.
     """
