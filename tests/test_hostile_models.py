@@ -14,6 +14,7 @@ from families import context_of, task_of
 from torch import Tensor, nn
 
 from mmedge.errors import StageError, TaskError
+from mmedge.lower.export import onnx_of
 from mmedge.pipeline.check import check_model
 from mmedge.stages.base import Network
 from mmedge.stages.distill import Distill
@@ -62,6 +63,22 @@ def test_the_module_that_cannot_be_traced_is_named(capfd: pytest.CaptureFixture[
     assert ", `return " in str(caught.value)
     assert "torch.where" in (caught.value.fix or "")
     assert capfd.readouterr() == ("", "")  # torch.export would print the graph
+
+
+class Reflections(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.householder_product(x.unflatten(1, (4, 4)), x[:, :4]).flatten(1)
+
+
+def test_an_operator_that_onnx_does_not_have_is_named() -> None:
+    task = task_of(Net(Reflections()), {"signal": (4,)})
+    with pytest.raises(StageError) as caught:
+        onnx_of(Network(task.model), task)
+    said = str(caught.value)
+    assert "cannot convert aten.linalg_householder_product.default of body.1: No ONNX function found" in said
+    assert "replace aten.linalg_householder_product.default" in (caught.value.fix or "")
+    assert "\x1b" not in said
+    assert "step 3/3" not in said
 
 
 def test_the_command_says_it_in_two_lines(template: Path, tmp_path: Path, monkeypatch, capsys) -> None:

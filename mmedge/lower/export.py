@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mmedge.lower.attention import attention
 from mmedge.lower.passes import weight_of
 from mmedge.lower.shape import save
 from mmedge.stages.base import Network
-from mmedge.stages.trace import TOP, layer_name, program_of, quiet, without_wrappers
+from mmedge.stages.trace import TOP, layer_name, module_name, program_of, quiet, without_wrappers
 from mmedge.stages.trace import weight_of as weight_of_node
 from mmedge.task import Task
 
@@ -56,17 +57,32 @@ def onnx_of(network: Network, task: Task) -> ir.Model:
                 verbose=False,
             )
     except Exception as err:
-        lines = [line.strip() for line in str(err).splitlines() if line.strip()]
-        raise StageError(
-            f"the ONNX exporter cannot convert the model: {lines[0] if lines else err}",
-            where=f"task {task.name}",
-            fix="; ".join(line for line in lines[1:4]) or "replace the operator it names",
-        ) from err
+        raise _refused(err, program, task) from err
     if exported is None:
         raise StageError("the ONNX exporter returned nothing", where=f"task {task.name}")
     model = exported.model
     _tidy(model, _layers(network, program))
     return model
+
+
+def _refused(err: Exception, program: ExportedProgram, task: Task) -> StageError:
+    """What the exporter says of an operator in a chain of errors, of which the first one only lists its own steps."""
+    chain: list[BaseException] = [err]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    found = next((match[1] for each in chain if (match := _OPERATOR.search(str(each)))), None)
+    modules = [module_name(node) for node in program.graph.nodes if str(node.target) == found]
+    operator = f"{found} of {modules[0]}" if modules else found or "the model"
+    reason = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), type(chain[-1]).__name__)
+    return StageError(
+        f"the ONNX exporter cannot convert {operator}: {_COLOUR.sub('', reason)}",
+        where=f"task {task.name}",
+        fix=f"replace {found or 'the operator it names'} in forward() by operators that ONNX has",
+    )
+
+
+_OPERATOR = re.compile(r"torch\.ops\.(\w+\.\w+\.\w+)")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def _layers(network: Network, program: ExportedProgram) -> list[str]:
