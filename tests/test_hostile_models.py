@@ -12,6 +12,7 @@ import torch
 from command import mmedge
 from families import context_of, task_of
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmedge.errors import StageError, TaskError
 from mmedge.lower.export import onnx_of
@@ -79,6 +80,41 @@ def test_an_operator_that_onnx_does_not_have_is_named() -> None:
     assert "replace aten.linalg_householder_product.default" in (caught.value.fix or "")
     assert "\x1b" not in said
     assert "step 3/3" not in said
+
+
+class Keeping(nn.Module):
+    """Writes a buffer in every call: one to normalize by or look at, one that it fills first, one that only counts."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        if self.how == "in place":
+            self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        elif self.how == "a part":
+            self.mean[:4] = x[0, :4]
+        elif self.how == "assigned":
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        elif self.how == "filled":
+            self.mean.copy_(torch.arange(16.0))
+        return F.relu(x - self.mean, inplace=True)
+
+
+@pytest.mark.parametrize("how", ["in place", "a part", "assigned"])
+def test_a_buffer_that_is_kept_between_calls_is_refused(how: str) -> None:
+    task = task_of(Net(Keeping(how)), {"signal": (4,)})
+    with pytest.raises(StageError, match=r"reads and writes the buffer body\.1\.mean: an engine keeps nothing"):
+        program_of(task.model.eval(), task)
+
+
+@pytest.mark.parametrize("how", ["filled", "only read"])
+def test_a_buffer_whose_old_value_does_not_count_may_be_written(how: str) -> None:
+    task = task_of(Net(Keeping(how)), {"signal": (4,)})
+    program_of(task.model.eval(), task)
 
 
 def test_the_command_says_it_in_two_lines(template: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -7,7 +7,7 @@ import io
 import linecache
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from traceback import walk_tb
@@ -33,9 +33,13 @@ class _Named(nn.Module):
     def __init__(self, module: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
         super().__init__()
         self.module = module
+        self.assigned: set[str] = set()  # buffers that forward() puts another tensor in the place of
 
         def forward(**tensors: Tensor) -> tuple[Tensor, ...]:
-            return tuple(outputs_of(_callable(module), tensors, outputs).values())
+            before = dict(self.named_buffers())
+            found = tuple(outputs_of(_callable(module), tensors, outputs).values())
+            self.assigned |= {name for name, each in self.named_buffers() if each is not before.get(name)}
+            return found
 
         # torch.export reads the names of the inputs from the signature and does not take ``**kwargs`` for one.
         kind = inspect.Parameter.KEYWORD_ONLY
@@ -62,7 +66,8 @@ def program_of(module: nn.Module, task: Task) -> ExportedProgram:
     """Trace ``module`` with named inputs and one symbolic batch shared by all of them.
 
     Raises:
-        StageError: the module cannot be traced, or the trace fixes the batch size.
+        StageError: the module cannot be traced, the trace fixes the batch size, or in evaluation the module keeps
+            something in a buffer from one call to the next.
     """
     example = as_tensors(task.example().inputs)
     inputs = {spec.name: _rows(example[spec.name], 2) for spec in task.inputs}
@@ -70,9 +75,9 @@ def program_of(module: nn.Module, task: Task) -> ExportedProgram:
     shapes = {name: {0: batch} for name in inputs}
     try:
         with quiet(), torch.no_grad():
-            return torch.export.export(
-                _Named(module, tuple(inputs), task.outputs), (), kwargs=inputs, dynamic_shapes=shapes
-            )
+            named = _Named(module, tuple(inputs), task.outputs)
+            program = torch.export.export(named, (), kwargs=inputs, dynamic_shapes=shapes)
+            kept = [] if module.training else _kept_in_buffers(program, named.assigned)
     except StageError:
         raise
     except Exception as err:
@@ -83,6 +88,47 @@ def program_of(module: nn.Module, task: Task) -> ExportedProgram:
             fix="use tensor operations only in forward(): torch.where in place of branches on values, no .item(), no "
             "fixed batch size in view() or expand(), no NumPy; `mmedge task check` shows the whole message with -v",
         ) from err
+    if kept:
+        raise StageError(
+            f"forward() reads and writes the buffer {', '.join(kept)}: an engine keeps nothing between queries",
+            where=f"task {task.name}",
+            fix="make it an input and an output of the model, or write it only `if self.training:`",
+        )
+    return program
+
+
+def _kept_in_buffers(program: ExportedProgram, assigned: Collection[str]) -> list[str]:
+    """Buffers that a call writes and whose value of before counts for what it gives.
+
+    Args:
+        program: as traced, with operators that write in place.
+        assigned: names of buffers that are written by putting another tensor in their place.
+    """
+    names = program.graph_signature.inputs_to_buffers
+    if not assigned and not any(_written(node) in names for node in program.graph.nodes):
+        return []
+    program = program.run_decompositions({})  # slow; nothing is written in place then, so what is read tells
+    signature = program.graph_signature
+    results, counting = set(signature.user_outputs), set()
+    queue = [node for node in program.graph.output_node().all_input_nodes if node.name in results]
+    while queue:
+        node = queue.pop()
+        if node.name not in counting:
+            counting.add(node.name)
+            queue += node.all_input_nodes
+    written = {*assigned, *signature.buffers_to_mutate.values()}
+    read = [name for placeholder, name in signature.inputs_to_buffers.items() if placeholder in counting]
+    return [without_wrappers(name) for name in read if name in written]
+
+
+def _written(node: Node) -> str | None:
+    """The input of the graph that a node writes in place, or might: a view of it or what was computed from it."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return None
+    source: Any = node
+    while isinstance(source, Node) and source.op != "placeholder":
+        source = source.args[0] if source.args else None
+    return source.name if isinstance(source, Node) else None
 
 
 def _culprit(err: Exception, module: nn.Module) -> str:
