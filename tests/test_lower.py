@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import reader_task
 import torch
+from families import context_of, task_of
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from torch import Tensor, nn
@@ -141,6 +142,37 @@ def test_onnxruntime_adds_the_bias_inside_of_the_integer_product(quantized, tmp_
         "weigh",
         "head",
     }
+
+
+class States(nn.Module):
+    """Rows of numbers: linear layers before a ReLU that nothing quantizes, before a quantized one, and at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, state: Tensor) -> Tensor:
+        x = self.third(F.relu(self.second(self.norm(F.relu(self.first(state))))))
+        return self.head(self.norm(F.relu(x)))
+
+
+def test_onnxruntime_multiplies_rows_in_integers_where_nothing_quantizes_the_relu_behind(tmp_path) -> None:
+    torch.manual_seed(0)
+    task = task_of(States(), {"state": (12,)})
+    context = context_of(task)
+    stage = Quantize(Quantize.Config(calibration={"samples": 8}))
+    network = stage.restore(Network(task.model), stage.run(Network(task.model), context), context)
+    write(onnx_of(network, task), tmp_path / "portable.onnx")
+    shape_for(tmp_path / "portable.onnx", OnnxRuntime.lowering, tmp_path / "model.onnx")
+    (tmp_path / "built").mkdir()
+    build = OnnxRuntime().build(tmp_path / "model.onnx", tmp_path / "built")
+    assert build.coverage is not None
+    assert not build.coverage.other
+    assert (build.facts["kernels"]["MatMulIntegerToFloat"], build.facts["kernels"]["QGemm"]) == (2, 2)
+    batch = task.example()
+    found = answers(OnnxRuntime(), tmp_path / "model.onnx", tmp_path / "engine", batch)
+    assert relative_error(found, expected(network, task, batch)) < 0.01
 
 
 def rounded(model: ir.Model) -> dict[str, list[bool]]:

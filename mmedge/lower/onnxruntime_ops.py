@@ -8,26 +8,41 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from mmedge.lower.passes import activation_pair, constant, is_quantized, nodes, producer, quantized_weight, replace
+from mmedge.lower.passes import (
+    activation_pair,
+    add_constant,
+    constant,
+    is_quantized,
+    nodes,
+    producer,
+    quantized_weight,
+    replace,
+)
 
 DOMAIN = "com.microsoft"
 
 
 def integer_products(model: ir.Model) -> None:
-    """INT8 matrix products, each with the bias behind it, as ``MatMulIntegerToFloat``.
+    """INT8 matrix products, each with its bias, as ``MatMulIntegerToFloat``.
 
-    ONNX Runtime finds that kernel itself, but leaves the bias to an Add that reads and writes the result once more, and
-    1.32 misses it where a ReLU follows that nothing quantizes. What is quantized right behind is left to it.
+    ONNX Runtime finds that kernel itself, but leaves the bias behind a MatMul to an Add that reads and writes the
+    result once more, and 1.32 misses it where a ReLU follows that nothing quantizes. A Gemm before such a ReLU runs in
+    float, fused with it; elsewhere a Gemm has a kernel that is as good. What is quantized right behind is left to it.
     """
     for add in nodes(model, "Add"):
         for value, bias in (add.inputs, add.inputs[::-1]):
             product = producer(value, "MatMul")
-            if product is not None and (inputs := _integers(product, bias)):
+            if product is None or len(list(product.outputs[0].uses())) != 1:
+                continue
+            if inputs := _integers(model, product, bias):
                 _replace(model, add, product, inputs)
                 model.graph.remove(product, safe=True)
                 break
-    for product in nodes(model, "MatMul"):
-        if not is_quantized(product.outputs[0], through={"Relu"}) and (inputs := _integers(product)):
+    for product in nodes(model, "MatMul", "Gemm"):
+        if product.op_type == "Gemm" and not any(use.node.op_type == "Relu" for use in product.outputs[0].uses()):
+            continue
+        bias = product.inputs[2] if len(product.inputs) > 2 else None
+        if not is_quantized(product.outputs[0], through={"Relu"}) and (inputs := _integers(model, product, bias)):
             _replace(model, product, product, inputs)
 
 
@@ -36,19 +51,26 @@ def _replace(model: ir.Model, old: ir.Node, product: ir.Node, inputs: list[ir.Va
     model.opset_imports[DOMAIN] = 1
 
 
-def _integers(product: ir.Node, bias: ir.Value | None = None) -> list[ir.Value | None]:
+def _integers(model: ir.Model, product: ir.Node, bias: ir.Value | None) -> list[ir.Value | None]:
     """The kernel's inputs, none where it does not fit."""
     pair, weight = activation_pair(product.inputs[0]), quantized_weight(product.inputs[1])
     array = constant(weight.inputs[0]) if weight is not None else None
-    if pair is None or weight is None or array is None or array.ndim != 2:
+    if pair is None or weight is None or array is None or array.ndim != 2 or not _is_plain(product):
         return []
-    if bias is not None and not _adds_alone(product, bias, array.shape[1:]):
+    integers, turned = weight.inputs[0], product.attributes.get_int("transB", 0) == 1
+    if turned:
+        array = array.T
+    if bias is not None and ((values := constant(bias)) is None or values.shape != array.shape[1:]):
         return []
+    if turned:
+        integers = add_constant(model, f"{product.name}.T", array.copy())
     quantize, dequantize = pair
     scales, zeros = (dequantize.inputs[1], weight.inputs[1]), (dequantize.inputs[2], weight.inputs[2])
-    return [quantize.outputs[0], weight.inputs[0], *scales, *zeros, *([bias] if bias is not None else [])]
+    return [quantize.outputs[0], integers, *scales, *zeros, *([bias] if bias is not None else [])]
 
 
-def _adds_alone(product: ir.Node, bias: ir.Value, shape: tuple[int, ...]) -> bool:
-    values = constant(bias)
-    return values is not None and values.shape == shape and len(list(product.outputs[0].uses())) == 1
+def _is_plain(product: ir.Node) -> bool:
+    """Whether a Gemm, or a MatMul, neither scales anything nor turns its input."""
+    attributes = product.attributes
+    scaled = any(attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta"))
+    return not scaled and not attributes.get_int("transA", 0)

@@ -67,6 +67,8 @@ def shape_for(
         guard_averages(graph)
     if lowering.microsoft_operators:
         integer_products(graph)
+    if lowering.int32_bias:  # of what is left: those products take floats
+        int32_biases(graph)
     passes.remove_unused(graph)
     if lowering.float_type == "float16":
         graph = to_float16(graph, islands)
@@ -79,8 +81,6 @@ def _integers(graph: ir.Model, lowering: Lowering) -> None:
     if not lowering.transposed_convolutions:
         without_transposed(graph)
     passes.drop_idle_pairs(graph, keep_convolutions=lowering.quantized_outputs == "all")
-    if lowering.int32_bias:
-        int32_biases(graph)
     if lowering.unsigned_activations:
         passes.unsigned_activations(graph, lowering.unsigned_activations)
     if not lowering.weight_zero_points:
