@@ -232,6 +232,20 @@ def test_weights_that_are_computed_from_parameters_are_weights(context_of, tmp_p
     assert np.abs(answer - exact).max() / np.abs(exact).max() < 0.1
 
 
+@pytest.mark.parametrize("target", [OnnxRuntime(), OpenVino()], ids=lambda target: target.name)
+def test_a_recurrent_layer_counts_as_one_in_floating_point(target, context_of, tmp_path) -> None:
+    torch.manual_seed(0)
+    task = task_of(Recurrent())
+    write(onnx_of(quantized(task, context_of)[0], task), tmp_path / "portable.onnx")
+    shape_for(tmp_path / "portable.onnx", target.lowering, tmp_path / "model.onnx")
+    (tmp_path / "engine").mkdir()
+    coverage = target.build(tmp_path / "model.onnx", tmp_path / "engine").coverage
+    assert coverage is not None
+    assert [name.partition("/")[0] for name in coverage.int8] == ["head"]
+    (ear,) = [why for name, why in coverage.other.items() if name.startswith("ear/GRU")]
+    assert ear in ("runs as float GRU", "runs as f32 RNNSeq")
+
+
 class OnlyRecurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -14,12 +14,14 @@ from mmedge.errors import TargetError, needs_extra
 if TYPE_CHECKING:
     from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
-# Operator to the positions of its two operands; either one may hold the weights of a matrix product.
+# Operator to the positions of its two operands; either one may hold the weights of a matrix product. A recurrent layer
+# has two weights, of which one is enough to tell.
 OPERANDS: Mapping[str, tuple[int, int]] = {
     "Conv": (0, 1),
     "ConvTranspose": (0, 1),
     "Gemm": (0, 1),
     "MatMul": (0, 1),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), (0, 1)),
 }
 
 

@@ -104,6 +104,7 @@ class OnnxRuntime(Target):
     """
 
     name = "onnxruntime"
+    version = 2
     lowering = Lowering(
         unsigned_activations="all",
         quantized_outputs="all",

@@ -33,6 +33,7 @@ _READ_AS = {
     "GroupConvolutionBackpropData",
     "MatMul",
 }
+_RECURRENT = {"LSTMSequence", "GRUSequence", "RNNSequence"}
 _SPLIT_OFF = ("/WithoutBiases", "/DequantizationMultiply", "/DequantizationSubtract")
 
 
@@ -40,7 +41,7 @@ class OpenVino(Target):
     """OpenVINO's CPU plugin: x86 and ARM."""
 
     name = "openvino"
-    version = 3
+    version = 4
     lowering = Lowering(
         unsigned_activations="convolutions",
         weight_zero_points=False,
@@ -193,7 +194,24 @@ def _coverage(nodes: Sequence[Any], read: Mapping[str, Any]) -> Coverage:
                     other[name] = "runs as f32 Subgraph"
     names = _lost_names(int8, other, layers.values())
     apart = {name: why for layer, why in other.items() for name in names.get(layer, layer).split(MERGED)}
+    apart |= _recurrent(nodes, read)
     return Coverage(tuple(name for layer in int8 for name in names.get(layer, layer).split(MERGED)), apart)
+
+
+def _recurrent(nodes: Sequence[Any], read: Mapping[str, Any]) -> dict[str, str]:
+    """Recurrent layers, none of which gets INT8 weights, and what they are computed in.
+
+    They have lost their names in the execution graph, and may have become one kernel for each direction.
+    """
+    kernels = sorted(
+        {
+            f"{_about(node, 'runtimePrecision')} {kind}"
+            for node in nodes
+            if (kind := _about(node, "layerType")).startswith("RNN")
+        }
+    )
+    layers = [_plain(_onnx_name(node)) for node in read.values() if node.get_type_name() in _RECURRENT]
+    return dict.fromkeys(layers, f"runs as {', '.join(kernels)}" if kernels else "not among the kernels that run")
 
 
 def _lost_names(int8: Sequence[str], other: Collection[str], layers: Collection[str]) -> dict[str, str]:
@@ -251,7 +269,7 @@ def _layer(node: Any, read: Mapping[str, Any]) -> str:
 def _onnx_name(layer: Any) -> str:
     """The name of a layer; where OpenVINO gives it to the sum with a bias, it numbers the layer itself."""
     name = str(layer.friendly_name)
-    readers = [port.get_node() for port in layer.output(0).get_target_inputs()]
+    readers = [port.get_node() for output in layer.outputs() for port in output.get_target_inputs()]
     numbered = name.startswith(f"{layer.get_type_name()}_")
     return str(readers[0].friendly_name) if numbered and len(readers) == 1 else name
 
