@@ -232,6 +232,26 @@ def test_weights_that_are_computed_from_parameters_are_weights(context_of, tmp_p
     assert np.abs(answer - exact).max() / np.abs(exact).max() < 0.1
 
 
+class Bare(nn.Module):
+    """Makes the output by a product alone, as a language model does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.vocabulary = nn.Linear(WIDTH, 16), nn.Linear(16, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vocabulary(F.gelu(self.body(x)))
+
+
+def test_openvino_names_a_layer_that_makes_an_output_itself(tmp_path) -> None:
+    task = task_of(Bare())
+    write(onnx_of(Network(task.model), task), tmp_path / "model.onnx")
+    (tmp_path / "engine").mkdir()
+    coverage = OpenVino().build(tmp_path / "model.onnx", tmp_path / "engine").coverage
+    assert coverage is not None
+    assert [name.partition("/")[0] for name in coverage.other] == ["body", "vocabulary"]
+
+
 @pytest.mark.parametrize("target", [OnnxRuntime(), OpenVino()], ids=lambda target: target.name)
 def test_a_recurrent_layer_counts_as_one_in_floating_point(target, context_of, tmp_path) -> None:
     torch.manual_seed(0)

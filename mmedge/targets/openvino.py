@@ -15,7 +15,8 @@ import numpy as np
 from mmedge.errors import TargetError, needs_extra
 from mmedge.targets.base import MERGED, Build, Coverage, Lowering, Runner, Target
 from mmedge.targets.checked import checked, in_batches, reported
-from mmedge.targets.onnx_graph import place
+from mmedge.targets.lowered import described
+from mmedge.targets.onnx_graph import label, place, read_graph
 from mmedge.tensors import Array
 
 MODEL = "model.onnx"
@@ -72,6 +73,13 @@ class OpenVino(Target):
         """See ``Target.check``."""
         return {"openvino": str(_openvino().__version__)}
 
+    def describe(self, model: Path, batch: Mapping[str, int]) -> dict[str, Any]:
+        """Which node makes each output: OpenVINO calls it after the output."""
+        with reported("reading the model", str(model)):
+            graph = read_graph(model)
+        made_by = {name: label(node) for node in graph.graph.node for name in node.output}
+        return {"made_by": {each.name: made_by[each.name] for each in graph.graph.output if each.name in made_by}}
+
     def build(self, model: Path, folder: Path) -> Build:
         """Compile once to see what runs in INT8; keep the ONNX file, which OpenVINO reads directly."""
         versions = self.check()
@@ -88,7 +96,9 @@ class OpenVino(Target):
             "engine_bytes": sum(file.stat().st_size for file in folder.iterdir()),
             "kernels": dict(sorted(kernels.items())),
         }
-        return Build(_coverage(nodes, {node.friendly_name: node for node in read.get_ordered_ops()}), facts)
+        coverage = _coverage(nodes, {node.friendly_name: node for node in read.get_ordered_ops()})
+        about = described(model) or self.describe(model, {})
+        return Build(_renamed(coverage, about.get("made_by", {})), facts)
 
     @contextmanager
     def runner(self, folder: Path, threads: int) -> Iterator[Runner]:
@@ -212,6 +222,11 @@ def _recurrent(nodes: Sequence[Any], read: Mapping[str, Any]) -> dict[str, str]:
     )
     layers = [_plain(_onnx_name(node)) for node in read.values() if node.get_type_name() in _RECURRENT]
     return dict.fromkeys(layers, f"runs as {', '.join(kernels)}" if kernels else "not among the kernels that run")
+
+
+def _renamed(coverage: Coverage, names: Mapping[str, str]) -> Coverage:
+    other = {names.get(layer, layer): why for layer, why in coverage.other.items()}
+    return Coverage(tuple(names.get(layer, layer) for layer in coverage.int8), other)
 
 
 def _lost_names(int8: Sequence[str], other: Collection[str], layers: Collection[str]) -> dict[str, str]:
