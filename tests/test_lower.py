@@ -104,6 +104,30 @@ def test_attention_equals_pytorch_also_for_a_query_that_sees_nothing(options, tm
         assert not wanted[0].any()
 
 
+def task_of(module: nn.Module, *shape: int) -> Task:
+    """A task of one input ``x``, normal values of ``(8, *shape)``, and one output."""
+
+    def samples(split: str, seed: int):
+        yield Batch({"x": np.random.default_rng(0).standard_normal((8, *shape), dtype=np.float32)}, np.zeros(8))
+
+    spec = TensorSpec("x", "float32", ("batch", *shape), "x")
+    loss, metric = (lambda outputs, y: outputs["logits"].sum()), Metric("accuracy", accuracy)
+    return Task("attend", module.eval(), (spec,), ("logits",), samples, loss, metric)
+
+
+@pytest.mark.parametrize("outer", [(), (2,), (3, 2)], ids=["3-D", "4-D", "5-D"])
+def test_attention_equals_pytorch_whatever_stands_before_the_tokens(outer, tmp_path) -> None:
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
+    task = task_of(Plain(), *outer, 5, 4)
+    write(onnx_of(Network(task.model), task), tmp_path / "model.onnx")
+    batch = task.example()
+    found = answers(OnnxRuntime(), tmp_path / "model.onnx", tmp_path / "engine", batch)
+    np.testing.assert_allclose(found, expected(Network(task.model), task, batch), atol=1e-5)
+
+
 @pytest.mark.parametrize("target", [OnnxRuntime(), OpenVino()], ids=lambda target: target.name)
 def test_int8_transformer_gives_what_pytorch_gives_on_every_runtime(task, quantized, tmp_path, target) -> None:
     network, portable = quantized

@@ -42,14 +42,15 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Translate ``aten.scaled_dot_product_attention``; all tensors are ``(batch, heads, tokens, width)``.
+    """Translate ``aten.scaled_dot_product_attention``; all tensors are ``(..., tokens, width)``.
 
     As in PyTorch a query that may look at nothing (its row of a boolean mask is all False) gives zeros.
     """
     if is_causal or enable_gqa or dropout_p or not isinstance(query.shape[-1], int):
         return aten_scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = op.MatMul(op.Mul(query, op.CastLike(factor, query)), op.Transpose(key, perm=[0, 1, 3, 2]))
+    *outer, tokens, width = range(len(key.shape))
+    scores = op.MatMul(op.Mul(query, op.CastLike(factor, query)), op.Transpose(key, perm=[*outer, width, tokens]))
     if attn_mask is None:
         return op.MatMul(op.Softmax(scores, axis=-1), value)
     if attn_mask.dtype != ir.DataType.BOOL:
