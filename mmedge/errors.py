@@ -61,6 +61,10 @@ class TargetError(MmedgeError):
     exit_status = 4
 
 
+class UnsteadyError(TargetError):
+    """An engine that was built does not give one answer to one sample."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> tuple[str, str]:
     """Problem and fix for a name that does not exist: the nearest known name, or all of them."""
     options = sorted(known)

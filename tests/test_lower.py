@@ -105,10 +105,10 @@ def test_attention_equals_pytorch_also_for_a_query_that_sees_nothing(options, tm
 
 
 def task_of(module: nn.Module, *shape: int) -> Task:
-    """A task of one input ``x``, normal values of ``(8, *shape)``, and one output."""
+    """A task of one input ``x``, normal values of ``(32, *shape)``, and one output."""
 
     def samples(split: str, seed: int):
-        yield Batch({"x": np.random.default_rng(0).standard_normal((8, *shape), dtype=np.float32)}, np.zeros(8))
+        yield Batch({"x": np.random.default_rng(0).standard_normal((32, *shape), dtype=np.float32)}, np.zeros(32))
 
     spec = TensorSpec("x", "float32", ("batch", *shape), "x")
     loss, metric = (lambda outputs, y: outputs["logits"].sum()), Metric("accuracy", accuracy)
@@ -281,6 +281,47 @@ def test_long_attention_and_attention_with_a_part_kept_float_are_left_alone(toke
     for keep, short in (((), tokens == 512), (("k",), False)):
         _, edits = prepare(Network(task.model), task, keep)
         assert bool(edits["attention"]) is short
+
+
+class Learned(nn.Module):
+    """Attention of four heads whose queries are learned, but for ``varying``."""
+
+    def __init__(self, given: str) -> None:
+        super().__init__()
+        self.given = given
+        self.latents = nn.Parameter(torch.randn(4, 32))
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        many = self.latents.expand(x.shape[0], -1, -1)
+        queries = {"parameter": self.latents[None], "linear": self.q(many), "sdpa": many, "varying": self.q(x)}
+        heads = (queries[self.given], self.k(x), self.v(x))
+        q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in heads)
+        if self.given == "sdpa":
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        else:
+            mixed = (q @ k.transpose(-1, -2) * 0.35).softmax(-1) @ v
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("given", ["parameter", "linear", "sdpa", "varying"])
+def test_attention_of_learned_queries_is_not_rounded_and_the_report_says_why(given) -> None:
+    """How many samples there are is all that such queries know of the input."""
+    task = task_of(Learned(given), 6, 32)
+    _, edits = prepare(Network(task.model), task, ())
+    assert bool(edits["attention"]) is (given == "varying")
+    assert ("do not depend on the inputs" in edits["skipped"].get("model", "")) is (given != "varying")
+
+
+def test_openvino_answers_the_same_each_time_with_learned_queries(tmp_path) -> None:
+    """In INT8 such attention is right once and wrong from the second query on, and so are constants left in INT8."""
+    torch.manual_seed(0)
+    task = task_of(Learned("parameter"), 6, 32)
+    _, portable = reader_task.quantized(task, tmp_path / "portable.onnx")
+    shape_for(portable, OpenVino.lowering, tmp_path / "model.onnx")
+    batch = task.example()
+    wanted = expected(Network(task.model), task, batch)
+    assert relative_error(answers(OpenVino(), tmp_path / "model.onnx", tmp_path / "engine", batch), wanted) < 0.05
 
 
 def test_weights_go_to_openvino_without_zero_points_and_signed_where_only_products_read(quantized, tmp_path) -> None:

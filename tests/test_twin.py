@@ -13,16 +13,18 @@ import onnx
 import pytest
 from rich.console import Console
 
+from mmedge.errors import UnsteadyError
 from mmedge.pipeline import twin
 from mmedge.pipeline.compress import Job, compress
 from mmedge.pipeline.line import Step
 from mmedge.pipeline.measure import Measurements
 from mmedge.profile.accuracy import Accuracy
 from mmedge.progress import Progress
-from mmedge.recipe import Recipe
+from mmedge.recipe import Recipe, TwinConfig
 from mmedge.report.html import render
 from mmedge.report.model import Report, Result
 from mmedge.report.terminal import show
+from mmedge.targets.openvino import OpenVino
 
 READER = f"{Path(__file__).with_name('reader_task.py')}:task"
 FRAGILE = f"{Path(__file__).with_name('fragile_task.py')}:task"
@@ -152,6 +154,34 @@ def test_what_is_less_int8_must_be_faster_by_a_hundredth() -> None:
     assert twin.fastest(engines, {"whole": 1.0, "part": 0.995, "less": 0.992}, 1.01) is engines[0]
     assert twin.fastest(engines, {"whole": 1.0, "part": 0.98, "less": 0.975}, 1.01) is engines[1]
     assert twin.fastest(engines, {"whole": 1.0, "part": 0.995, "less": 0.992}) is engines[2]
+
+
+@pytest.mark.parametrize(
+    ("steady", "shipped", "why"),
+    [
+        ("float, attention released", "int8", "in floating point: the same answer at all times only so"),
+        ("float", "twin", "no INT8 engine answers one sample the same at all times"),
+    ],
+    ids=["but for attention", "at all"],
+)
+def test_an_engine_that_does_not_repeat_itself_is_not_shipped(steady, shipped, why) -> None:
+    def engine(step: Any, form: Any, versions: Any, released: tuple[str, ...] = ()) -> Any:
+        if ("attention released" if released else step.name) not in steady:
+            raise UnsteadyError("asked one sample three times the engine gave different answers")
+        return SimpleNamespace(digest=f"{step.name}{released}")
+
+    form = SimpleNamespace(lowering=OpenVino.lowering, cannot_run=lambda: None, float_name="fp32")
+    form.forms = lambda: [form]
+    step = SimpleNamespace(name="int8", attention=("attention",), groups={}, damage={})
+    step.float_ancestor = lambda: SimpleNamespace(name="float")
+    times = SimpleNamespace(values=lambda name, inputs, measure: dict.fromkeys(inputs["engines"], 1.0))
+    task = SimpleNamespace(metric=SimpleNamespace(higher_is_better=True))
+    line = SimpleNamespace(engine=engine, store=times, task=task, progress=Progress())
+    rule = twin.TwinRule(line, TwinConfig(min_speedup=1.0), 1, {}, lambda step, engine: 1.0)
+    settled = rule.settle(step, form, {})
+    assert settled.shipped == shipped
+    assert settled.engine.released == (("attention",) if shipped == "int8" else ())
+    assert why in settled.reason
 
 
 def _rounded(path: Path) -> set[str]:

@@ -3,6 +3,7 @@ runtime, and within the accuracy budget. Otherwise groups of its layers go back 
 twin is shipped, and the report says so.
 
 The products of attention run in INT8 only where that is no slower and accurate enough: the engine is built both ways.
+An engine that answers one sample differently from time to time is left out.
 
 The engines are compared in interleaved runs. Which groups go back is decided on the engine's own accuracy, the most
 damaging group (as the ``quantize`` stage measured it) first. Giving a group back can only make an engine more like its
@@ -13,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from mmedge.artifact import Artifact
+from mmedge.errors import UnsteadyError
 from mmedge.pipeline.environment import cpu_name
 from mmedge.pipeline.line import Line, Step
 from mmedge.profile.latency import EngineRef, interleaved
@@ -24,6 +26,7 @@ from mmedge.recipe import TwinConfig
 from mmedge.targets.base import Target
 from mmedge.tensors import Array
 
+STEADY = "the same answer at all times only"
 WORTH_IT = 1.01  # by how much what is less INT8 must be faster to be taken for its speed
 
 
@@ -85,24 +88,37 @@ class TwinRule:
         """Decide what is shipped of ``step``, a Q/DQ network, on ``target``."""
         parent = step.float_ancestor()
         forms = target.forms()
-        whole = [self._int8(step, form, versions) for form in forms]
         if why := target.cannot_run():
-            return Settled(whole[-1], None, "int8", f"not compared with a higher precision: {why}")
+            unjudged = [self._int8(step, form, versions) for form in forms]
+            return Settled(unjudged[-1], None, "int8", f"not compared with a higher precision: {why}")
         twins = [Engine(self.line.engine(parent, form, versions), form, parent) for form in forms]
-        plain = [
-            self._int8(step, form, versions, step.attention)
-            for form in forms
-            if step.attention and form.lowering.integer_attention
-        ]
+        whole = self._steady(step, forms, versions)
+        both_ways = [form for form in forms if step.attention and form.lowering.integer_attention]
+        plain = self._steady(step, both_ways, versions, step.attention)
+        if not whole and not plain:
+            twin = fastest(twins, self._times(twins))
+            return Settled(twin, twin, "twin", "no INT8 engine answers one sample the same at all times")
         times = self._times([*twins, *whole, *plain])
         twin, int8 = fastest(twins, times), fastest([*whole, *plain], times, WORTH_IT)
-        search = _Search(self, step, versions, twin, int8, self.value(parent, twin))
+        search = _Search(self, step, versions, twin, int8, self.value(parent, twin), "faster" if whole else STEADY)
         if plain and int8 in whole and search.drop(int8) > self.rule.max_drop:
             search = replace(search, int8=fastest(plain, times, WORTH_IT), gain="more accurate")
         return search.settle(times)
 
     def _int8(self, step: Step, form: Target, versions: Mapping[str, str], released: tuple[str, ...] = ()) -> Engine:
         return Engine(self.line.engine(step, form, versions, released), form, step, released)
+
+    def _steady(
+        self, step: Step, forms: Sequence[Target], versions: Mapping[str, str], released: tuple[str, ...] = ()
+    ) -> list[Engine]:
+        """The INT8 engines, one for each form, that give one answer to one sample: another is never shipped."""
+        found = []
+        for form in forms:
+            try:
+                found.append(self._int8(step, form, versions, released))
+            except UnsteadyError as err:
+                self.line.progress.say(f"{step.name}: an INT8 engine is left out: {err}")
+        return found
 
     def _times(self, engines: Sequence[Engine]) -> dict[str, float]:
         """How long each engine takes relative to the first one, by its artifact's digest, from one interleaved run."""
@@ -155,7 +171,7 @@ class _Search:
     twin: Engine
     int8: Engine
     reference: float
-    gain: Literal["faster", "more accurate"] = "faster"
+    gain: str
 
     def settle(self, times: Mapping[str, float]) -> Settled:
         drop, speedup = self.drop(self.int8), self._speedup(self.int8, times)

@@ -283,7 +283,7 @@ class Quantization(Part):
 
     Attributes:
         layers: how many were quantized.
-        skipped: weighted layers that stay floating point, each with the reason.
+        skipped: weighted layers, and modules whose attention, that stay floating point, each with the reason.
         outliers: activations that one INT8 scale cannot hold well, worst first.
         sensitivity: by group of layers, the squared error of the outputs, relative to their variance, when that group
             alone rounds; ``all`` when everything does.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mmedge.errors import TargetError, needs_extra
+from mmedge.errors import TargetError, UnsteadyError, needs_extra
 from mmedge.targets.base import MERGED, Build, Coverage, Lowering, Runner, Target
 from mmedge.targets.checked import checked, in_batches, reported
 from mmedge.targets.lowered import described
@@ -81,9 +81,14 @@ class OpenVino(Target):
         return {"made_by": {each.name: made_by[each.name] for each in graph.graph.output if each.name in made_by}}
 
     def build(self, model: Path, folder: Path) -> Build:
-        """Compile once to see what runs in INT8; keep the ONNX file, which OpenVINO reads directly."""
+        """Compile once to see what runs in INT8; keep the ONNX file, which OpenVINO reads directly.
+
+        Raises:
+            UnsteadyError: the engine answers one sample differently from time to time.
+        """
         versions = self.check()
         read, compiled = compile_model(place(model, folder, MODEL), 1, self.precision)
+        _check_steady(compiled, self.name)
         (folder / SETTINGS).write_text(json.dumps(self.options()))
         nodes = compiled.get_runtime_model().get_ordered_ops()
         kernels = Counter(
@@ -170,6 +175,25 @@ def compile_model(model: Path, threads: int, precision: str) -> tuple[Any, Any]:
         read = core.read_model(str(model))
         read.reshape({port: _with_batch(port.get_partial_shape()) for port in read.inputs})
         return read, core.compile_model(read, "CPU", options)
+
+
+def _check_steady(compiled: Any, engine: str) -> None:
+    """Ask one sample three times: OpenVINO 2026.4 lets some INT8 engines overwrite their constants as they run.
+
+    Integers are ones, which are tokens and masks alike.
+    """
+    rng = np.random.default_rng(0)
+    sample = []
+    for port in compiled.inputs:
+        shape, dtype = tuple(port.get_shape()), port.get_element_type().to_dtype()
+        sample.append((rng.standard_normal(shape) if dtype.kind == "f" else np.ones(shape)).astype(dtype))
+    request = compiled.create_infer_request()
+    with reported("running the engine", engine):
+        first, *others = (list(request.infer(sample, share_outputs=False).values()) for _ in range(3))
+    if not all(np.array_equal(a, b, equal_nan=True) for other in others for a, b in zip(first, other, strict=True)):
+        problem = "asked one sample three times the engine gave different answers, which is a fault of OpenVINO's"
+        fix = "keep the layers that bring it about in floating point (quantize: keep_float), or take another target"
+        raise UnsteadyError(problem, where=engine, fix=fix)
 
 
 def _with_batch(shape: Any) -> list[int]:

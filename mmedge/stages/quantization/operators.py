@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ POOLING = frozenset({aten.max_pool2d.default, aten.max_pool1d.default})
 RESHAPING = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int,
                        aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.transpose.int,
                        aten.contiguous.default, aten.clone.default})  # fmt: skip
+SIZE = aten.sym_size.int
 ATTENTION = aten.scaled_dot_product_attention.default
 PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
@@ -58,6 +59,15 @@ def why_float(node: Node) -> str | None:
     return reason if reason and any(source.op == "get_attr" for source in node.all_input_nodes) else None
 
 
+def varying(nodes: Iterable[Node]) -> frozenset[Node]:
+    """Those of a graph's nodes, given in order, that depend on an input; how many samples it has does not count."""
+    found: set[Node] = set()
+    for node in nodes:
+        if node.op == "placeholder" or (node.target is not SIZE and not found.isdisjoint(node.all_input_nodes)):
+            found.add(node)
+    return frozenset(found)
+
+
 def attended(node: Node) -> tuple[Node, ...]:
     """The queries, keys and values that ``node`` reads, as far as it is a product of attention; else nothing."""
     if node.target is ATTENTION:
@@ -65,7 +75,7 @@ def attended(node: Node) -> tuple[Node, ...]:
     if node.target not in PRODUCTS:
         return ()
     operands = tuple(operand for operand in node.args[:2] if isinstance(operand, Node))
-    if len(operands) < 2 or any(operand.op == "get_attr" for operand in operands):
+    if len(operands) < 2:
         return ()
     if operands[0].target in SOFTMAX:
         return operands[1:]

@@ -5,8 +5,8 @@ channel; no bias; all inputs of weighted layers; both branches of a residual sum
 concatenation with one shared scale; max pooling with the scale of its input, average pooling with one of its own.
 Norms, softmax and activations that are not ReLU stay floating point. Queries, keys and values of attention are observed
 too, for targets that run its products in INT8: attention is found by what it is, no flag tells that a model has it.
-Beyond 512 tokens its products stay floating point (after NVIDIA's Model Optimizer), and so does any other product of
-two activations.
+Beyond 512 tokens its products stay floating point (after NVIDIA's Model Optimizer), and so do those with learned
+queries and any other product of two activations.
 
 The outputs of convolutions are observed too: ONNX Runtime runs a convolution in INT8 only where its output is
 quantized, while TensorRT wants none there, so ``mmedge.lower`` takes them away for it.
@@ -43,12 +43,17 @@ from mmedge.stages.quantization.operators import (
     attended,
     is_weighted,
     most_tokens,
+    varying,
     why_float,
 )
 from mmedge.stages.quantization.prepared import Range
 from mmedge.stages.trace import layer_name, module_name
 
 MOST_TOKENS = 512
+FIXED = (
+    "(only the products of its attention) its queries, keys or values do not depend on the inputs, "
+    "and with such ones OpenVINO 2026.4 answers wrong from the second query on"
+)
 ACTIVATION = QuantizationSpec(
     dtype=torch.int8,
     quant_min=-128,
@@ -97,9 +102,11 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
                 _annotate_pooling(node)
             elif node.target in CONCAT:
                 _annotate_concat(node)
+        inputs = varying(nodes)
+        fixed = {module_name(node) for node in nodes if not inputs.issuperset(attended(node))}
         for node in nodes:
             if operands := attended(node):
-                self._annotate_attention(node, operands)
+                self._annotate_attention(node, operands, module_name(node) in fixed)
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -119,8 +126,8 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
         if node.target in CONVOLUTIONS:
             _quantize_output(end_of_fusion(node))
 
-    def _annotate_attention(self, node: Node, operands: tuple[Node, ...]) -> None:
-        """Queries, keys and values in INT8.
+    def _annotate_attention(self, node: Node, operands: tuple[Node, ...], fixed: bool) -> None:
+        """Queries, keys and values in INT8, unless ``fixed``: some of its module's are the same for every input.
 
         Where a linear layer alone gives one of them, its result is rounded, in the layer's own kernel. Elsewhere (one
         layer for all three, rotary embeddings) the pair stands next to the product.
@@ -132,6 +139,9 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
             return
         layers = {operand: source for operand in operands if (source := origin(operand)).target is LINEAR}
         if not {layer_name(layer) for layer in layers.values()} <= set(self.quantized):
+            return
+        if fixed:
+            self.skipped.append(Skipped(name, FIXED))
             return
         beside = {operand: ACTIVATION for operand in operands if operand not in layers}
         if beside:
