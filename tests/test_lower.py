@@ -25,7 +25,10 @@ from mmedge.lower.shape import Release, shape_for
 from mmedge.pipeline.line import release_of
 from mmedge.stages.base import Network, as_tensors, outputs_of
 from mmedge.stages.quantization.prepared import attention_of
+from mmedge.stages.quantization.simulate import FakeQuantize, enable_only, simulated
+from mmedge.stages.quantization.spelled import spelled_out
 from mmedge.stages.quantize import Quantize, prepare
+from mmedge.stages.trace import graph_of
 from mmedge.targets.base import Lowering, Target
 from mmedge.targets.onnxruntime import OnnxRuntime
 from mmedge.targets.openvino import OpenVino, compile_model
@@ -239,7 +242,7 @@ def test_openvino_runs_attention_in_int8_and_in_float_where_it_is_released(task,
 
 @pytest.mark.parametrize("factor", [None, 0.3])
 def test_integers_of_attention_stay_the_same_when_queries_are_scaled_while_dequantized(factor, tmp_path) -> None:
-    """``in_integers`` moves a factor and rounds the softmax; onnx's own interpreter says what that changes."""
+    """``in_integers`` moves a factor; onnx's own interpreter says that nothing else changes."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, 6, 8), dtype=np.float32) for _ in range(3))
     scale = "" if factor is None else f"f = Constant<value = float {{{factor}}}> () q1 = Mul (q0, f)"
@@ -260,7 +263,57 @@ def test_integers_of_attention_stay_the_same_when_queries_are_scaled_while_dequa
         ReferenceEvaluator(str(tmp_path / f"{name}.onnx")).run(None, feeds)[0] for name in ("plain", "integers")
     )
     assert not list(nodes(model, "Mul"))
-    assert 0 < np.abs(before - after).max() <= 6 * np.abs(v).max() * 0.5 / 255  # six weights, each half a step off
+    np.testing.assert_allclose(after, before, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "causal", "grouped", "scale"])
+def test_attention_that_is_written_out_for_quantization_gives_the_same_numbers(mask) -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            key = x[:, :2] if mask == "grouped" else x
+            seen = (x[:, :1] > 0) & (x[:, :1, :, :1] < 1)  # some queries may look at nothing
+            options = {
+                "none": {},
+                "bool": {"attn_mask": seen},
+                "float": {"attn_mask": x[:, :1]},
+                "causal": {"is_causal": True},
+                "grouped": {"enable_gqa": True},
+                "scale": {"scale": 0.3},
+            }
+            return F.scaled_dot_product_attention(x, key, key, **options[mask])
+
+    task = task_of(Masked(), 4, 5, 5)
+    graph = spelled_out(graph_of(task.model, task))
+    kinds = {node.target for node in graph.graph.nodes}
+    assert torch.ops.aten.scaled_dot_product_attention.default not in kinds
+    batch = task.example()
+    (found,) = graph(**as_tensors(batch.inputs))
+    np.testing.assert_allclose(found.numpy(), expected(Network(task.model), task, batch), atol=1e-6)
+
+
+def test_weights_of_many_tokens_that_are_all_small_have_a_scale_that_holds_them(tmp_path) -> None:
+    """Of 200 tokens that count alike each weighs 1/200: that is one step of 1/255."""
+
+    class Alike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(self.k(x), self.k(x), self.v(x))
+
+    torch.manual_seed(0)
+    task = task_of(Alike(), 200, 8)
+    network, portable = reader_task.quantized(task, tmp_path / "portable.onnx")
+    (attending,) = attention_of(network.prepared)
+    graph = simulated(network.prepared)
+    enable_only(graph, network.prepared, [attending])
+    assert sum(isinstance(each, FakeQuantize) and each.enabled for each in graph.modules()) == 4  # weights are one
+    shape_for(portable, OpenVino.lowering, tmp_path / "model.onnx")
+    batch = task.example()
+    found = answers(OpenVino(), tmp_path / "model.onnx", tmp_path / "engine", batch)
+    assert relative_error(found, expected(Network(task.model), task, batch)) < 0.08
+    assert relative_error(found, expected(network, task, batch)) < 0.08
 
 
 @pytest.mark.parametrize("tokens", [512, 513])

@@ -3,8 +3,8 @@
 The exporter's own translation of ``scaled_dot_product_attention`` reshapes keys by sizes that it computes at run time
 and looks for NaN in every weight. The form here is two matrix products around one softmax, with the same result.
 
-In a Q/DQ graph queries, keys and values come through pairs. ``in_integers`` completes them, so that both products can
-run in INT8; ``in_floating_point`` takes them away.
+In a Q/DQ graph queries, keys, values and their weights come through pairs. ``in_integers`` makes them stand next to the
+products, which then run in INT8; ``in_floating_point`` takes them away.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnxscript import opset20 as op
 from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_attention
@@ -78,18 +77,10 @@ def in_floating_point(model: ir.Model, layers: Collection[str] | None = None) ->
 
 
 def in_integers(model: ir.Model) -> None:
-    """Complete the pairs around attention's products.
-
-    Queries are scaled while they are dequantized, or the factor would stand between the pair and the product. What the
-    softmax gives needs no calibration: it lies between 0 and 1.
-    """
+    """Scale queries while they are dequantized, or the factor would stand between the pair and the product."""
     for product in nodes(model, "MatMul"):
         query, other = (pair_behind(value) for value in product.inputs)
-        if other is None:
-            continue
-        if is_weighing(product):
-            _insert_pair(model, product, 1 / 255)
-        elif is_scores(product) and query is not None and len(query[1].outputs[0].uses()) == 1:
+        if other is not None and is_scores(product) and query is not None and len(query[1].outputs[0].uses()) == 1:
             _scale_while_dequantizing(model, product, query[1])
 
 
@@ -140,18 +131,6 @@ def is_weighing(product: ir.Node) -> bool:
     """Whether a product takes values by the weights that a softmax gave."""
     pair = activation_pair(product.inputs[0])
     return producer(pair[0].inputs[0] if pair else product.inputs[0], "Softmax") is not None
-
-
-def _insert_pair(model: ir.Model, product: ir.Node, scale: float) -> None:
-    scaling = [
-        add_constant(model, "attention_scale", np.asarray(scale, np.float32)),
-        add_constant(model, "attention_zero_point", np.asarray(0, np.uint8)),
-    ]
-    quantize = ir.node("QuantizeLinear", [product.inputs[0], *scaling], name=f"{product.name}/Quantize")
-    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *scaling], name=f"{product.name}/Dequantize")
-    quantize.outputs[0].name, dequantize.outputs[0].name = f"{product.name}/quantized", f"{product.name}/weights"
-    model.graph.insert_before(product, [quantize, dequantize])
-    product.replace_input_with(0, dequantize.outputs[0])
 
 
 def _scale_while_dequantizing(model: ir.Model, product: ir.Node, dequantize: ir.Node) -> None:

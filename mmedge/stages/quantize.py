@@ -49,7 +49,7 @@ class Quantize(Stage):
 
     name = "quantize"
     gives = "qdq"
-    version = 6
+    version = 7
 
     class Config(StageConfig):
         """Settings of ``quantize``.
@@ -228,10 +228,11 @@ def prepare(network: Network, task: Task, keep_float: tuple[str, ...]) -> tuple[
 
         from mmedge.stages.quantization.canonical import canonical
         from mmedge.stages.quantization.placement import Int8Placement
+        from mmedge.stages.quantization.spelled import spelled_out
 
     placement = Int8Placement(keep_float)
     with quiet():
-        prepared = prepare_pt2e(canonical(graph_of(network.module, task)), placement)
+        prepared = prepare_pt2e(spelled_out(canonical(graph_of(network.module, task))), placement)
     skipped = {each.layer: each.reason for each in placement.skipped}
     layers = {*placement.quantized, *skipped}
     names = {*layers, *(without_wrappers(path) for path, _ in network.module.named_modules())}

@@ -62,6 +62,7 @@ _MOVING = {
         *("cat", "contiguous", "clone"),
     )
 }
+_SOFTMAX = ("aten.softmax", "aten._softmax")
 _POOLING = {f"aten.{name}" for name in ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")}
 
 
@@ -379,12 +380,14 @@ class _Rewriting:
         """A pair becomes one ``quantize_op``, or nothing where no INT8 operator reads it."""
         source, scale, zero_point = quantize.args[:3]
         readers = list(quantize.users)
-        self._require_symmetric(quantize, quantize.args[5], self._value(zero_point))
+        weighs = _operator(source) in _SOFTMAX  # uint8, for attention in INT8, which TensorRT is not given
+        if not weighs:
+            self._require_symmetric(quantize, quantize.args[5], self._value(zero_point))
         if not all(_is(reader, _DQ) for reader in readers):
             problem = f"{quantize.name} is read by other operators than its dequantizer"
             raise TargetError(problem, where="torch-tensorrt", fix="quantize with the stage `quantize`")
         new = source
-        if any(self._feeds_int8(reader) for reader in readers):
+        if not weighs and any(self._feeds_int8(reader) for reader in readers):
             with self.graph.inserting_before(quantize):
                 new = self._quantized(source, self._value(scale), quantize.name)
         for reader in readers:

@@ -30,12 +30,14 @@ POOLING = frozenset({aten.max_pool2d.default, aten.max_pool1d.default})
 RESHAPING = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int,
                        aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.transpose.int,
                        aten.contiguous.default, aten.clone.default})  # fmt: skip
+MOST_TOKENS = 512  # beyond, the products of attention stay floating point (after NVIDIA's Model Optimizer)
 SIZE = aten.sym_size.int
 ATTENTION = aten.scaled_dot_product_attention.default
 PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default})
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 # They scale and mask scores.
 MASKING = frozenset({aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.masked_fill.Scalar, aten.where.self})
+SCALING = aten.mul.Tensor
 AVERAGING = frozenset({aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default})
 
 # Operators with parameters that stay floating point, by the name of the operator, and why.
@@ -77,9 +79,23 @@ def attended(node: Node) -> tuple[Node, ...]:
     operands = tuple(operand for operand in node.args[:2] if isinstance(operand, Node))
     if len(operands) < 2:
         return ()
-    if operands[0].target in SOFTMAX:
+    if softmax_of(node):
         return operands[1:]
-    return operands if _becomes_weights(node) else ()
+    return (_unscaled(operands[0]), operands[1]) if _becomes_weights(node) else ()
+
+
+def softmax_of(node: Node) -> Node | None:
+    """The softmax by whose weights ``node``, a product, takes values; a prepared graph has a ``Range`` between."""
+    weights = node.args[0] if node.target in PRODUCTS else None
+    if isinstance(weights, Node) and weights.op == "call_module" and weights.args:
+        weights = weights.args[0]
+    return weights if isinstance(weights, Node) and weights.target in SOFTMAX else None
+
+
+def _unscaled(query: Node) -> Node:
+    """Queries before they were multiplied by a number: that happens while they are dequantized."""
+    scaled = query.target is SCALING and not isinstance(query.args[1], Node)
+    return query.args[0] if scaled and len(query.users) == 1 else query  # type: ignore[return-value]
 
 
 def most_tokens(node: Node) -> Any:

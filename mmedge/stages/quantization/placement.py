@@ -30,11 +30,13 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from mmedge.stages.quantization.operators import (
     ADD,
+    ATTENTION,
     AVERAGING,
     CHANNEL_AXIS,
     CONCAT,
     CONVOLUTIONS,
     LINEAR,
+    MOST_TOKENS,
     NORMS,
     POOLING,
     RELU,
@@ -43,13 +45,13 @@ from mmedge.stages.quantization.operators import (
     attended,
     is_weighted,
     most_tokens,
+    softmax_of,
     varying,
     why_float,
 )
 from mmedge.stages.quantization.prepared import Range
 from mmedge.stages.trace import layer_name, module_name
 
-MOST_TOKENS = 512
 FIXED = (
     "(only the products of its attention) its queries, keys or values do not depend on the inputs, "
     "and with such ones OpenVINO 2026.4 answers wrong from the second query on"
@@ -60,6 +62,16 @@ ACTIVATION = QuantizationSpec(
     quant_max=127,
     qscheme=torch.per_tensor_symmetric,
     observer_or_fake_quant_ctr=Range,
+)
+
+
+# What a softmax gives. Of many tokens that are weighed alike all weights are small, so it has no fixed scale.
+WEIGHTS = QuantizationSpec(
+    dtype=torch.uint8,
+    quant_min=0,
+    quant_max=255,
+    qscheme=torch.per_tensor_affine,
+    observer_or_fake_quant_ctr=Range.with_args(unsigned=True),
 )
 
 
@@ -104,8 +116,9 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
                 _annotate_concat(node)
         inputs = varying(nodes)
         fixed = {module_name(node) for node in nodes if not inputs.issuperset(attended(node))}
+        partly = {module_name(node) for node in nodes if not self._linear_layers(node) <= set(self.quantized)}
         for node in nodes:
-            if operands := attended(node):
+            if (operands := attended(node)) and module_name(node) not in partly:
                 self._annotate_attention(node, operands, module_name(node) in fixed)
         return model
 
@@ -127,29 +140,38 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
             _quantize_output(end_of_fusion(node))
 
     def _annotate_attention(self, node: Node, operands: tuple[Node, ...], fixed: bool) -> None:
-        """Queries, keys and values in INT8, unless ``fixed``: some of its module's are the same for every input.
+        """Queries, keys, values and their weights in INT8.
 
         Where a linear layer alone gives one of them, its result is rounded, in the layer's own kernel. Elsewhere (one
         layer for all three, rotary embeddings) the pair stands next to the product.
+
+        Args:
+            node: a product of attention.
+            operands: what it reads of these.
+            fixed: some of its module's do not depend on the inputs.
         """
         name, tokens = module_name(node), most_tokens(node)
         if any(fnmatchcase(name, pattern) for pattern in self.keep_float):
             return
-        if not isinstance(tokens, int) or tokens > MOST_TOKENS:
+        if not isinstance(tokens, int) or tokens > MOST_TOKENS or node.target is ATTENTION:
             return
         layers = {operand: source for operand in operands if (source := origin(operand)).target is LINEAR}
-        if not {layer_name(layer) for layer in layers.values()} <= set(self.quantized):
-            return
         if fixed:
             self.skipped.append(Skipped(name, FIXED))
             return
-        beside = {operand: ACTIVATION for operand in operands if operand not in layers}
-        if beside:
-            node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=beside, _annotated=True)
+        for operand in operands:
+            if operand not in layers:
+                _quantize_input(_reader(node, operand), operand, ACTIVATION)
+        if weights := softmax_of(node):
+            _quantize_input(node, weights, WEIGHTS)
         for layer in layers.values():
             _quantize_output(layer)
         if name not in self.attention:
             self.attention.append(name)
+
+    def _linear_layers(self, node: Node) -> set[str]:
+        """Names of the linear layers that give what a product of attention reads."""
+        return {layer_name(source) for each in attended(node) if (source := origin(each)).target is LINEAR}
 
     def _reason_to_skip(self, node: Node, name: str) -> str | None:
         for pattern in self.keep_float:
@@ -179,6 +201,17 @@ def _quantize_output(node: Node, spec: QuantizationSpec | SharedQuantizationSpec
     """Ask for ``node``'s value in INT8, beside whatever is asked of its inputs."""
     annotation = node.meta.setdefault(Q_ANNOTATION_KEY, QuantizationAnnotation(_annotated=True))
     annotation.output_qspec = spec
+
+
+def _quantize_input(node: Node, source: Node, spec: QuantizationSpec) -> None:
+    """Ask for what ``node`` reads of ``source`` in INT8, beside whatever else is asked of it."""
+    annotation = node.meta.setdefault(Q_ANNOTATION_KEY, QuantizationAnnotation(_annotated=True))
+    annotation.input_qspec_map[source] = spec
+
+
+def _reader(product: Node, operand: Node) -> Node:
+    """What reads an operand of attention: the product, or what scales it for the product."""
+    return product if operand in product.all_input_nodes else next(iter(operand.users))
 
 
 def _annotate_residual(node: Node) -> None:

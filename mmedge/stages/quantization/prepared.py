@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import ObserverBase
 
-from mmedge.stages.quantization.operators import CHANNEL_AXIS, LINEAR, RESHAPING, attended, is_weighted
+from mmedge.stages.quantization.operators import CHANNEL_AXIS, LINEAR, RESHAPING, attended, is_weighted, softmax_of
 from mmedge.stages.trace import layer_name, module_name, quiet
 
 TINY = 2.0**-20  # smallest scale: of a tensor that is always zero
 
 
-def scale_of(bound: Tensor) -> Tensor:
-    """The scale with which 127 stands for the largest magnitude."""
-    return (bound / 127).clamp(min=TINY)
+def scale_of(bound: Tensor, levels: int = 127) -> Tensor:
+    """The scale with which the integer ``levels`` stands for the largest magnitude."""
+    return (bound / levels).clamp(min=TINY)
 
 
 class Range(ObserverBase):  # type: ignore[misc]
-    """The largest magnitude that one INT8 tensor must hold; its scale is that over 127.
+    """The largest magnitude that one INT8 tensor must hold; its scale is that over 127, or 255 if it is unsigned.
 
     Attributes:
         bound: float32, of shape ``()`` for an activation, ``(channels,)`` for a weight.
@@ -34,13 +34,15 @@ class Range(ObserverBase):  # type: ignore[misc]
     quant_min, quant_max = -127, 127
     is_dynamic = False
 
-    def __init__(self, channel_axis: int | None = None, **unused: Any) -> None:
-        super().__init__(dtype=torch.int8, is_dynamic=False)
+    def __init__(self, channel_axis: int | None = None, unsigned: bool = False, **unused: Any) -> None:
+        super().__init__(dtype=torch.uint8 if unsigned else torch.int8, is_dynamic=False)
         self.ch_axis = -1 if channel_axis is None else channel_axis
-        self.channel_axis = channel_axis
+        self.channel_axis, self.unsigned = channel_axis, unsigned
         self.qscheme = torch.per_tensor_symmetric if channel_axis is None else torch.per_channel_symmetric
         if channel_axis is None:  # activations may use -128, weights stay symmetric so that products cannot overflow
             self.quant_min = -128
+        if unsigned:
+            self.quant_min, self.quant_max, self.qscheme = 0, 255, torch.per_tensor_affine
         self.watch: Any = None
         self.register_buffer("bound", torch.zeros(()) if channel_axis is None else torch.zeros(0))
 
@@ -53,7 +55,7 @@ class Range(ObserverBase):  # type: ignore[misc]
     @property
     def scale(self) -> Tensor:
         """One float32 scale, or one per channel."""
-        return scale_of(self.bound)
+        return scale_of(self.bound, self.quant_max)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """What PT2E asks for: scale and zero point."""
@@ -130,13 +132,18 @@ def channel_axes(prepared: GraphModule) -> dict[str, int]:
 
 
 def attention_of(prepared: GraphModule) -> dict[str, set[str]]:
-    """Paths of the ``Range`` of queries, keys and values, by the module that attends."""
+    """Paths of the ``Range`` of queries, keys, values and their weights, by the module that attends."""
     found: dict[str, set[str]] = {}
     for node in prepared.graph.nodes:
-        paths = {str(end.target) for operand in attended(node) if _is_range(prepared, end := _unmoved(operand))}
+        ends = [_unmoved(operand) for operand in (*attended(node), *_weights(node))]
+        paths = {str(end.target) for end in ends if _is_range(prepared, end)}
         if paths:
             found.setdefault(module_name(node), set()).update(paths)
     return found
+
+
+def _weights(node: Node) -> list[Node]:
+    return [node.args[0]] if softmax_of(node) else []  # type: ignore[list-item]
 
 
 def _unmoved(node: Any) -> Any:

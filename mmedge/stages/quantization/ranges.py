@@ -48,7 +48,9 @@ def set_ranges(prepared: GraphModule, seen: Mapping[str, Seen], settings: Calibr
     for path, each in ranges_of(prepared).items():
         if each.channel_axis is None:
             if id(each) not in found:
-                found[id(each)] = bound(seen[path], settings.observer, settings.percentile)
+                # The weights of a softmax sum to 1: to clip one would take from all that it weighs.
+                method = "minmax" if each.unsigned else settings.observer
+                found[id(each)] = bound(seen[path], method, settings.percentile)
             each.bound = torch.tensor(found[id(each)], dtype=torch.float32)
 
 

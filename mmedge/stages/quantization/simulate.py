@@ -46,7 +46,8 @@ class FakeQuantize(nn.Module):
         tensor = tensor.float()
         limits = (self.quant_min, self.quant_max)
         if self.channel_axis is None:
-            return torch.fake_quantize_per_tensor_affine(tensor, float(scale_of(self.bound)), 0, *limits)
+            scale = float(scale_of(self.bound, self.quant_max))
+            return torch.fake_quantize_per_tensor_affine(tensor, scale, 0, *limits)
         others = tuple(axis for axis in range(tensor.ndim) if axis != self.channel_axis)
         bound = tensor.detach().abs().amax(dim=others) if self.follow else self.bound
         zero = torch.zeros_like(bound, dtype=torch.int32)
