@@ -168,7 +168,6 @@ def test_its_own_student_learns_the_words_and_not_the_hidden_features_of_another
     """``encoder_hidden`` is an output only because two engines hand it on; the student's is half as wide."""
     assert task.answers == ("logits",)
     settings = Training(samples=64, epochs=1, features=3.0, precision="fp32")
-    assert settings.naming(task.answers).logits.outputs == ("logits",)
     student = captions.student()
     before = student.decoder.head.weight.clone()
     distil(student, settings, context_of(task), "distill")

@@ -63,6 +63,7 @@ def test_what_regression_names_is_left_out_of_the_scores() -> None:
     outputs = made(0, box=(3, 4), score=(3, 2))
     assert training(logits=1, regression={"outputs": ["box"]}).scored(outputs) == ("score",)
     assert training(logits=1, regression={"outputs": ["box"], "weight": 0}).scored(outputs) == ("box", "score")
+    assert training(logits=1, regression=1).naming(outputs).logits.weight == 0
     student, teacher = Seen(outputs), Seen(made(1, box=(3, 4), score=(3, 2)))
     both = training(logits=2.0, regression={"outputs": ["box"], "weight": 3.0})
     parts = [float(LOSSES[name](student, teacher, both)) for name in ("logits", "regression")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -292,6 +293,79 @@ def test_heads_that_give_values_learn_them(context_of) -> None:
     only = {"regression": {"outputs": ["text_embedding"]}, "logits": 1, "match": "mse"}
     before, after = taught(task, context_of, **only, epochs=15, learning_rate=0.01)
     assert off(after, task) < 0.4 * off(before, task)
+
+
+class Heads(nn.Module):
+    """Scores ``(batch, 3)``, a value ``(batch,)`` and the likeliest class, int64 ``(batch,)``."""
+
+    def __init__(self, dim: int = 16) -> None:
+        super().__init__()
+        self.enter, self.scores, self.value = nn.Linear(4, dim), nn.Linear(dim, 3), nn.Linear(dim, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self.enter(x).tanh()
+        scores = self.scores(hidden)
+        return scores, 3 * self.value(hidden)[:, 0], scores.argmax(dim=1)
+
+
+def many_heads(**changes: Any) -> Task:
+    torch.manual_seed(1)
+    specs = (TensorSpec("x", "float32", ("batch", 4), "x"),)
+    return replace(task_of(Heads(), specs, ("scores", "value", "kind"), student=lambda: Heads(6)), **changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "learns", "left"),
+    [
+        ({"logits": 1}, (True, False), ["value", "kind"]),
+        ({"logits": 1, "match": "mse"}, (True, True), ["kind"]),
+        ({"logits": 1, "regression": {"outputs": ["value"]}}, (True, True), ["kind"]),
+        ({"regression": 1}, (True, True), []),
+        ({"logits": {"outputs": ["scores"]}}, (True, False), []),
+    ],
+)
+def test_the_teacher_teaches_what_each_output_holds(context_of, settings, learns, left) -> None:
+    """One value per sample is no class score, and whole numbers have no gradient; the user hears what is left out."""
+    said: list[str] = []
+    task = many_heads()
+
+    def hearing(_: Task) -> Any:
+        context = context_of(task)
+        context.progress.say = said.append
+        return context
+
+    before, after = taught(task, hearing, **settings, epochs=25, learning_rate=0.02)
+    gaps = [[F.mse_loss(a, b) for a, b in zip(answers(net, task)[:2], answers(task.model, task), strict=False)]
+            for net in (before, after)]  # fmt: skip
+    # What is not taught follows the shared layer only a little.
+    assert [bool(after < 0.5 * before) for before, after in zip(*gaps, strict=True)] == list(learns)
+    told = [line for line in said if "does not teach" in line]
+    assert [line.split(",")[0].rpartition(" ")[2] for line in told] == left
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"logits": {"outputs": ["value"]}}, "value, which is float32 (batch), it compares class scores"),
+        ({"logits": {"outputs": ["kind"]}, "match": "mse"}, "kind, which is int64 (batch), it compares floating-point"),
+        ({"regression": {"outputs": ["kind"]}}, "distill.regression.outputs: kind, which is int64"),
+        ({"affinity": {"outputs": ["scores", "value"]}}, "value, which is float32 (batch), it compares embeddings"),
+    ],
+)
+def test_an_output_that_a_loss_cannot_compare_is_an_error_where_it_is_named(context_of, settings, problem) -> None:
+    with pytest.raises(StageError, match=re.escape(problem)):
+        taught(many_heads(), context_of, **settings)
+
+
+def test_a_loss_with_nothing_to_compare_is_an_error(context_of) -> None:
+    class Value(Heads):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x)[1]
+
+    task = many_heads(model=Value().eval(), student=Value, outputs=("value",))
+    with pytest.raises(StageError, match="nothing that it can compare: value, which is float32") as caught:
+        taught(task, context_of, logits=1)
+    assert "match: mse" in str(caught.value)
 
 
 # --- generators

@@ -16,7 +16,7 @@ from mmedge.stages.distillation.course import Course, Learner
 from mmedge.stages.distillation.engine import Engine, autocast, reproducible
 from mmedge.stages.distillation.lessons import Lessons
 from mmedge.stages.distillation.settings import Training
-from mmedge.stages.distillation.student import check_fit
+from mmedge.stages.distillation.student import answered, check_fit
 from mmedge.stages.distillation.teacher import teaching
 from mmedge.stages.distillation.watch import Wanted, Watch
 
@@ -40,6 +40,7 @@ def distil(student: nn.Module, settings: Training, context: Context, label: str)
         StageError: student and teacher do not fit together, a loss cannot be had, or it stopped being a number.
     """
     example = check_fit(student, settings, context)
+    settings = answered(settings, context.task, example)
     if context.summon is not None:
         context.summon()
     with Engine(settings, label) as engine:

@@ -21,7 +21,15 @@ TINY = 1e-12
 
 
 def total(settings: Training, task: Task, student: Seen, teacher: Seen | None, targets: Tensor) -> Tensor:
-    """The sum of all losses by their weights; without a teacher's answers the task's own loss alone."""
+    """The sum of all losses by their weights; without a teacher's answers the task's own loss alone.
+
+    Args:
+        settings: what ``logits`` and ``regression`` compare is written out (``naming``), else it is all outputs.
+        task: for its own loss.
+        student: what it made of the batch.
+        teacher: likewise.
+        targets: of the batch.
+    """
     if teacher is None:
         return task.loss(student.outputs, targets)
     loss = (
@@ -29,10 +37,9 @@ def total(settings: Training, task: Task, student: Seen, teacher: Seen | None, t
         if settings.labels
         else torch.zeros((), device=targets.device)
     )
-    named = settings.naming(task.answers)
     for name, distance in LOSSES.items():
         if weight := getattr(settings, name).weight:
-            loss = loss + weight * distance(student, teacher, named)
+            loss = loss + weight * distance(student, teacher, settings)
     return loss
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
+from torch import Tensor
 
 from mmedge.stages.base import StageConfig
 
@@ -41,7 +42,8 @@ class OutputsLoss(Loss):
     """A loss on the network's outputs.
 
     Attributes:
-        outputs: their names; empty for all that suit, hidden features between two components not among them.
+        outputs: their names; empty for all that suit, hidden features between two components not among them. None suits
+            that holds whole numbers: these have no gradient.
     """
 
     outputs: tuple[str, ...] = ()
@@ -130,7 +132,8 @@ class Training(StageConfig):
             without a better one, and the best epoch's weights are kept. None trains on and keeps the last.
         labels: weight of the task's own loss.
         logits: the distance to the teacher's outputs.
-        match: that distance: ``kl`` for class scores, ``mse`` relative to the teacher's spread for anything.
+        match: that distance: ``kl`` for class scores ``(batch, …, classes)``, ``mse`` relative to the teacher's spread
+            for anything.
         temperature: softens both distributions of ``kl`` (Hinton et al., 2015).
         regression: the distance for heads that give values, not scores; what it names is left out of ``logits``.
         features: hidden features.
@@ -175,20 +178,31 @@ class Training(StageConfig):
     shard_teacher: bool = Field(False, exclude=True)
     track: Tracking | None = Field(None, exclude=True)
 
-    def scored(self, outputs: Iterable[str]) -> tuple[str, ...]:
+    def has_scores(self, output: Tensor) -> bool:
+        """Whether ``logits`` can compare an output: ``kl`` needs classes beside the samples."""
+        return output.is_floating_point() and (self.match == "mse" or output.ndim > 1)
+
+    def scored(self, outputs: Mapping[str, Tensor]) -> tuple[str, ...]:
         """The outputs that ``logits`` compares, of all ``outputs``."""
         values = self.valued(outputs) if self.regression.weight else ()
-        return self.logits.outputs or tuple(name for name in outputs if name not in values)
+        suit = (name for name, output in outputs.items() if name not in values and self.has_scores(output))
+        return self.logits.outputs or tuple(suit)
 
-    def valued(self, outputs: Iterable[str]) -> tuple[str, ...]:
+    def valued(self, outputs: Mapping[str, Tensor]) -> tuple[str, ...]:
         """The outputs that ``regression`` compares."""
-        return self.regression.outputs or tuple(outputs)
+        return self.regression.outputs or tuple(name for name, each in outputs.items() if each.is_floating_point())
 
-    def naming(self, outputs: Iterable[str]) -> Training:
-        """These settings, with what ``logits`` and ``regression`` compare of ``outputs`` written out."""
-        scored, valued = ({"outputs": tuple(each(outputs))} for each in (self.scored, self.valued))
-        update = {"logits": self.logits.model_copy(update=scored)}
-        return self.model_copy(update=update | {"regression": self.regression.model_copy(update=valued)})
+    def naming(self, outputs: Mapping[str, Tensor]) -> Training:
+        """These settings, with what ``logits`` and ``regression`` compare of ``outputs`` written out.
+
+        A loss that has nothing to compare gets the weight 0.
+        """
+        found = {"logits": self.scored(outputs), "regression": self.valued(outputs)}
+        return self.model_copy(update={name: self._on(name, outputs) for name, outputs in found.items()})
+
+    def _on(self, loss: str, outputs: tuple[str, ...]) -> OutputsLoss:
+        own: OutputsLoss = getattr(self, loss)
+        return own.model_copy(update={"outputs": outputs, "weight": own.weight if outputs else 0.0})
 
     def feature_layers(self) -> tuple[tuple[str, str], ...]:
         """Layers whose features are compared: the student's and the teacher's."""

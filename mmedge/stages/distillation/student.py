@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,8 @@ def shallow(network: Network, kept: Mapping[str, Sequence[int]]) -> nn.Module:
 def check_fit(student: nn.Module, settings: Training, context: Context) -> Seen:
     """Every mistake that can be seen before any work: names, shapes, and what the losses need.
 
+    The user is told of outputs that ``logits`` leaves out.
+
     Returns:
         What the teacher makes of the first two samples of the example.
 
@@ -97,8 +99,9 @@ def check_fit(student: nn.Module, settings: Training, context: Context) -> Seen:
     if not any(parameter.is_floating_point() for parameter in student.parameters()):
         fix = "leave the stage out, or give a student that has parameters"
         raise StageError("the student has no parameters to train", where=f"task {context.task.name}", fix=fix)
+    _check_outputs(settings, context, theirs.outputs)
     where = f"task {context.task.name}: student"
-    for name in _compared(settings, context.task):
+    for name in _compared(answered(settings, context.task, theirs), context.task):
         if mine.outputs[name].shape != theirs.outputs[name].shape:
             raise _different(f"output {name}", mine.outputs[name], theirs.outputs[name], where)
     for ours, other in settings.attention_layers():
@@ -112,6 +115,11 @@ def check_fit(student: nn.Module, settings: Training, context: Context) -> Seen:
                 raise error
     _check_tokens(settings, context.task, mine)
     return theirs
+
+
+def answered(settings: Training, task: Task, example: Seen) -> Training:
+    """The settings with the outputs that ``logits`` and ``regression`` compare written out, as they suit an example."""
+    return settings.naming({name: example.outputs[name] for name in task.answers})
 
 
 def _rows(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,8 +156,8 @@ def _different(what: str, mine: Tensor, theirs: Tensor, where: str) -> StageErro
 
 def _compared(settings: Training, task: Task) -> list[str]:
     """Outputs that must have one shape. Affinities are of one size whatever the width of the embeddings."""
-    names = list(settings.scored(task.answers)) if settings.logits.weight else []
-    names += settings.valued(task.answers) if settings.regression.weight else ()
+    names = list(settings.logits.outputs) if settings.logits.weight else []
+    names += settings.regression.outputs if settings.regression.weight else ()
     names += pair_of(settings.contrastive, task.outputs) if settings.contrastive.weight else ()
     names += [generated(settings.sequence, task.outputs)] if settings.sequence.weight else []
     return list(dict.fromkeys(names))
@@ -180,6 +188,51 @@ def _check_names(settings: Training, task: Task) -> None:
             where="distill.modality_dropout",
             fix="set it to 0",
         )
+
+
+def _check_outputs(settings: Training, context: Context, outputs: Mapping[str, Tensor]) -> None:
+    """What each loss is to compare must be of its kind, and something must be left for it."""
+    task = context.task
+    takes: dict[str, tuple[Iterable[str], Callable[[Tensor], bool], str]] = {
+        "logits": (settings.logits.outputs, settings.has_scores, _SCORES if settings.match == "kl" else _VALUES),
+        "regression": (settings.regression.outputs, Tensor.is_floating_point, _VALUES),
+        "contrastive": (pair_of(settings.contrastive, task.outputs), _is_embedding, _EMBEDDINGS),
+        "affinity": (pair_of(settings.affinity, task.outputs), _is_embedding, _EMBEDDINGS),
+    }
+    for loss, (names, suits, needs) in takes.items():
+        for name in names if getattr(settings, loss).weight else ():
+            if not suits(outputs[name]):
+                problem, where = f"{_described(name, outputs)}, it compares {needs}", f"distill.{loss}.outputs"
+                raise StageError(problem, where=where, fix=_ELSEWHERE)
+    answers = {name: outputs[name] for name in task.answers}
+    named = settings.naming(answers)
+    if not (settings.logits.weight or settings.regression.weight):
+        return
+    if not (named.logits.weight or named.regression.weight):
+        problem = f"nothing that it can compare: {', '.join(_described(name, answers) for name in answers)}"
+        raise StageError(problem, where="distill.logits", fix=_ELSEWHERE)
+    taken = {*named.logits.outputs, *(named.regression.outputs if named.regression.weight else ())}
+    for name in answers:
+        if not settings.logits.outputs and settings.logits.weight and name not in taken:
+            context.progress.say(f"the teacher does not teach {_described(name, answers)}: {_ELSEWHERE}")
+
+
+_SCORES = "class scores, floating point (batch, …, classes)"
+_VALUES = "floating-point numbers"
+_EMBEDDINGS = "embeddings, floating point (batch, width)"
+_ELSEWHERE = (
+    "values, one per sample, are taught by match: mse or regression: {weight: 1.0, outputs: […]}; whole numbers have "
+    "no gradient"
+)
+
+
+def _is_embedding(output: Tensor) -> bool:
+    return output.is_floating_point() and output.ndim == 2
+
+
+def _described(name: str, outputs: Mapping[str, Tensor]) -> str:
+    sizes = ", ".join(["batch", *map(str, outputs[name].shape[1:])])
+    return f"{name}, which is {str(outputs[name].dtype).removeprefix('torch.')} ({sizes})"
 
 
 def _check_known(names: Iterable[str], known: Sequence[str], kind: str, where: str) -> None:
