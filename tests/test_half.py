@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from small_onnx import LAYERS, Maker
+from small_onnx import value as declared
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -260,13 +262,8 @@ def test_magnitudes_are_those_of_the_data_and_know_norms_masks_and_nan() -> None
 def test_quantized_graph_keeps_its_integers_and_answers(tmp_path: Path) -> None:
     path = small_maker(tmp_path, quantized=True)
     half = halved(path)
-    rng = np.random.default_rng(0)
-    inputs = {
-        "image": rng.standard_normal((4, 16, 8, 8), dtype=np.float32),
-        "audio": rng.standard_normal((4, 32), dtype=np.float32),
-    }
     for target in (OnnxRuntime(), OpenVino()):
-        check_close(answers(target, path, inputs), answers(target, half, inputs))
+        check_close(answers(target, path, drawn()), answers(target, half, drawn()))
     before, after = (Counter(node.op_type for node in onnx.load(file).graph.node) for file in (path, half))
     assert before["QuantizeLinear"] == after["QuantizeLinear"] == 4
     stored = [
@@ -274,6 +271,41 @@ def test_quantized_graph_keeps_its_integers_and_answers(tmp_path: Path) -> None:
         for file in (path, half)
     ]
     assert stored[0] == stored[1]
+
+
+def with_quantized_concatenation(maker: Maker) -> onnx.ModelProto:
+    maker.model()
+    joined = maker.node("Concat", ["f.dq", "t.dq"], "j", "join", axis=1)
+    layer = maker.layer("last", (8, 48), 0, 0.02, 0.2)
+    maker.node("Gemm", [maker.activation(joined, 0.02, 128), *layer], "more", "last", transB=1)
+    nodes, outputs = maker.nodes, [declared("logits", ["batch", 24]), declared("more", ["batch", 8])]
+    inputs = [declared("image", ["batch", 16, 8, 8]), declared("audio", ["batch", 32])]
+    graph = helper.make_graph(nodes, "net", inputs, outputs, list({x.name: x for x in maker.initializers}.values()))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    return onnx.shape_inference.infer_shapes(model)  # exported graphs hold the types of all values
+
+
+def test_int8_between_float16_runs_on_a_processor_whose_integer_operators_know_float32_alone(tmp_path: Path) -> None:
+    """ONNX Runtime makes a ``QLinearConcat`` of the concatenation, which it refuses with scales in float16."""
+    onnx.save(with_quantized_concatenation(Maker(quantized=True)), tmp_path / "model.onnx")
+    found, target = {}, OnnxRuntime()
+    for float_type in ("float32", "float16"):
+        path = tmp_path / f"{float_type}.onnx"
+        shape_for(tmp_path / "model.onnx", replace(target.lowering, float_type=float_type), path)
+        (tmp_path / float_type).mkdir()
+        coverage = target.build(path, tmp_path / float_type).coverage
+        assert coverage is not None
+        assert coverage.fraction == 1
+        found[float_type] = answers(target, path, drawn())
+    check_close(found["float32"], found["float16"])
+    (addition,) = (node for node in ir.load(path).graph if node.name == "fusion")
+    assert {value.producer().op_type for value in addition.inputs} == {"Cast"}  # float16, between INT8
+
+
+def drawn() -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    image, audio = (rng.standard_normal(shape, dtype=np.float32) for shape in ((4, 16, 8, 8), (4, 32)))
+    return {"image": image, "audio": audio}
 
 
 def test_an_input_is_quantized_in_float32_without_a_cast(tmp_path: Path) -> None:

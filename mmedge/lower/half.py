@@ -48,12 +48,14 @@ SCALAR_ARITHMETIC = frozenset({
 })  # fmt: skip
 
 
-def to_float16(model: ir.Model, islands: Collection[str] = ()) -> ir.Model:
+def to_float16(model: ir.Model, islands: Collection[str] = (), half_scales: bool = True) -> ir.Model:
     """Rewrite a float32 or Q/DQ graph to float16, inputs and outputs of the graph excepted; integers stay as they are.
 
     Args:
         model: float32; changed in place. Weights are converted when the model is saved, one by one.
         islands: names or patterns (``head``, ``audio.*``) of module paths whose nodes compute in float32.
+        half_scales: False keeps quantized layers, what lies between them and the next quantization, and all scales in
+            float32, for a runtime whose integer operators know no float16.
 
     Returns:
         ``model``.
@@ -63,7 +65,7 @@ def to_float16(model: ir.Model, islands: Collection[str] = ()) -> ir.Model:
     """
     _infer_types(model)
     _soften_masks(model)
-    wide = _wide_nodes(model, islands)
+    wide = _wide_nodes(model, islands, half_scales)
     _split_dequantizers(model, wide)
     _Retyping(model, wide).run()
     remove_unused(model)
@@ -121,7 +123,7 @@ def _module_of(node: ir.Node) -> str:
 # ------------------------------------------------------------------ which nodes compute in float32
 
 
-def _wide_nodes(model: ir.Model, islands: Collection[str]) -> set[ir.Node]:
+def _wide_nodes(model: ir.Model, islands: Collection[str], half_scales: bool) -> set[ir.Node]:
     """In one pass along the graph: a node is decided after what it reads."""
     wide: set[ir.Node] = set()
     statistics: set[ir.Node] = set()  # wide nodes whose wideness goes on through scalar arithmetic
@@ -129,7 +131,7 @@ def _wide_nodes(model: ir.Model, islands: Collection[str]) -> set[ir.Node]:
         if node.op_type == "DequantizeLinear":
             continue  # takes the type of its readers
         if node.op_type == "QuantizeLinear":
-            if _narrow(node.inputs[1]) or _reads_float32(node.inputs[0], wide):
+            if not half_scales or _narrow(node.inputs[1]) or _reads_float32(node.inputs[0], wide):
                 wide.add(node)
         elif _starts_statistic(node) or _goes_on(node, statistics):
             statistics.add(node)
@@ -138,6 +140,7 @@ def _wide_nodes(model: ir.Model, islands: Collection[str]) -> set[ir.Node]:
             node.op_type in NORMS
             or _divides_by(node, statistics)
             or _needs_float32(node)
+            or (not half_scales and _is_quantized(node))
             or any(fnmatchcase(_module_of(node), island) for island in islands)
         ):
             wide.add(node)
@@ -184,6 +187,14 @@ def _needs_float32(node: ir.Node) -> bool:
     if schema is None:
         return any(_is_float(value) for value in [*node.inputs, *node.outputs])
     return any(_is_float(value) and not _accepts(schema.outputs, index) for index, value in enumerate(node.outputs))
+
+
+def _is_quantized(node: ir.Node) -> bool:
+    """Whether it stands between quantized tensors: a cast before or behind it would keep it out of INT8."""
+    uses = [use.node.op_type for value in node.outputs for use in value.uses()]
+    return bool(uses and set(uses) == {"QuantizeLinear"}) or any(
+        producer(value, "DequantizeLinear") for value in node.inputs
+    )
 
 
 def _reads_float32(value: ir.Value | None, wide: set[ir.Node]) -> bool:

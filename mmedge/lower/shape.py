@@ -71,7 +71,7 @@ def shape_for(
         int32_biases(graph)
     passes.remove_unused(graph)
     if lowering.float_type == "float16":
-        graph = to_float16(graph, islands)
+        graph = to_float16(graph, islands, lowering.half_scales)
     save(graph, path)
 
 

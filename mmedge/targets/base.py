@@ -37,6 +37,7 @@ class Lowering:
             integers where it does so wrongly.
         microsoft_operators: use ONNX Runtime's own operators where they save a pass over memory.
         float_type: what is not INT8 is computed in float32, or in float16 with float32 islands for norms.
+        half_scales: beside float16, INT8 layers have scales and give results in float16 as well.
     """
 
     format: Format = "onnx"
@@ -51,6 +52,7 @@ class Lowering:
     guarded: bool = False
     microsoft_operators: bool = False
     float_type: Literal["float32", "float16"] = "float32"
+    half_scales: bool = True
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ class OnnxRuntime(Target):
         int32_bias=True,
         guarded=True,
         microsoft_operators=True,
+        half_scales=False,  # its integer operators on processors know float32 alone
     )
 
     def __init__(self, provider: Provider = "cpu", half: bool = False) -> None:
