@@ -103,6 +103,27 @@ def test_a_target_that_cannot_release_single_layers_gets_all_or_nothing(tmp_path
     assert result.accuracy.drop == 0
 
 
+@pytest.mark.parametrize(
+    ("target", "stages", "precisions"),
+    [
+        ("onnxruntime", ["fp16", "quantize"], ["fp32", "fp16", "fp16"]),
+        ("onnxruntime", ["quantize", "fp16"], ["fp32", "fp32", "fp32"]),
+        ("torch", ["fp16"], ["fp32", "fp32"]),
+    ],
+)
+def test_a_row_is_called_after_the_precision_of_the_engine_that_it_ships(tmp_path, target, stages, precisions) -> None:
+    """Also where float16 comes from another step than the row's, or the target does not write it."""
+    settings = {"quantize": {"calibration": {"samples": 32}}, "fp16": {}}
+    planned = [{name: settings[name]} for name in stages]
+    report = run(tmp_path / "run", {"min_speedup": 1000.0, "max_drop": ANY_DROP}, stages=planned, targets=[target])
+    rows = [stage.results[0] for stage in report.stages]
+    assert [row.precision for row in rows] == precisions
+    for row in rows:
+        if row.twin is not None:
+            assert (row.twin.precision, row.twin.shipped) == (row.precision, "twin")
+            assert f"speed of its {row.precision} twin" in row.twin.reason
+
+
 def test_openvino_is_compared_with_bfloat16_where_the_processor_has_it(tmp_path) -> None:
     openvino = pytest.importorskip("openvino")
     native = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -87,6 +87,11 @@ class Step:
         """Of a network that is to run in float16, the modules that stay float32."""
         found = self.artifact.about["edits"].get("float16_islands")
         return None if found is None else tuple(found)
+
+    def float_name(self, target: Target) -> Literal["fp32", "bf16", "fp16"]:
+        """What a target computes this network's layers in that are not INT8: float16 is written into an ONNX graph."""
+        asked = self.half is not None and target.lowering.format == "onnx"
+        return "fp16" if asked else target.float_name
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -229,7 +234,7 @@ class Line:
         """
         lowering = target.lowering
         portable = self.part(step, piece) if piece else self.portable(step, lowering.format)
-        if step.half is not None:
+        if step.half is not None and lowering.format == "onnx":
             lowering = replace(lowering, float_type="float16")
         islands = self.islands(step) if lowering.float_type == "float16" else ()
         inputs = {
@@ -259,8 +264,7 @@ class Line:
             for script, text in target.scripts(lowered.name, described).items():
                 (folder / script).write_text(text, encoding="utf-8")
                 (folder / script).chmod(0o755)
-            precision = "fp16" if lowering.float_type == "float16" else target.float_name
-            return {**names, **part, "target": target.name, "precision": precision}
+            return {**names, **part, "target": target.name, "precision": step.float_name(target)}
 
         name = place_name(f"{step.name}-{target.name}") + (f"-{piece.name}" if piece else "")
         name += "-part" if released else ""

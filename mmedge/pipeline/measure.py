@@ -307,7 +307,7 @@ class Measurements:
         if ratio is None or ratio["ci95"] is None:
             reasons["twin"] = str(ratio["reason"] if ratio else cell.why_not or NOT_YET)
         return {
-            "precision": settled.twin.target.float_name if settled.twin else None,
+            "precision": settled.twin.float_name if settled.twin else None,
             "speedup": ratio["value"] if ratio else None,
             "ci95": ratio["ci95"] if ratio else None,
             "shipped": settled.shipped,
@@ -339,6 +339,5 @@ def _precision(cell: Measured, fraction: float | None) -> Precision:
     """What the engine may be called: INT8 only where the runtime says so."""
     settled = cell.settled
     if settled is None or settled.shipped == "twin" or fraction == 0:
-        target = settled.engine.target if settled else cell.target
-        return "fp16" if cell.step.half is not None else target.float_name
+        return cell.made.float_name
     return "int8" if fraction in (None, 1) else "mixed"

@@ -46,6 +46,11 @@ class Engine:
     step: Step
     released: tuple[str, ...] = ()
 
+    @property
+    def float_name(self) -> Literal["fp32", "bf16", "fp16"]:
+        """What its layers that are not INT8 are computed in."""
+        return self.step.float_name(self.target)
+
 
 @dataclass
 class Settled:
@@ -218,7 +223,7 @@ class _Search:
     def _figures(self, drop: float, speedup: float) -> str:
         rule = self.rules.rule
         return (
-            f"{speedup:.2f}x the speed of its {self.twin.target.float_name} twin (at least {rule.min_speedup:.2f}x), "
+            f"{speedup:.2f}x the speed of its {self.twin.float_name} twin (at least {rule.min_speedup:.2f}x), "
             f"drop {drop:.4f} (at most {rule.max_drop:.4f})"
             + (f", attention's products in floating point: {self.gain} so" if self.int8.released else "")
         )
