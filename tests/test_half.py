@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from mmedge.lower.export import onnx_of, write
 from mmedge.lower.half import to_float16
 from mmedge.lower.shape import save, shape_for
 from mmedge.stages.base import Network
+from mmedge.stages.fp16 import Fp16
 from mmedge.stages.overflow import islands, magnitudes
 from mmedge.targets.base import Build, Lowering
 from mmedge.targets.onnxruntime import OnnxRuntime
@@ -254,6 +256,20 @@ def test_magnitudes_are_those_of_the_data_and_know_norms_masks_and_nan() -> None
     nn.init.constant_(probe.model.get_submodule("scale").weight, float("nan"))
     with pytest.raises(StageError, match="scale makes NaN"):
         magnitudes(probe.model, probe, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("mlp.*", None), ("h?ad", None), ("haed", "did you mean 'head'"), ("mlp", "use 'mlp.*'"), ("nosuch.*", "known: ")],
+)
+def test_a_module_that_is_to_stay_float32_must_exist(task: Task, context_of, name: str, advice: str | None) -> None:
+    stage = Fp16(Fp16.Config(samples=4, keep_float32=(name,)))
+    if advice is None:
+        assert name in stage.run(Network(task.model), context_of(task)).edits["float16_islands"]
+        return
+    with pytest.raises(StageError, match=re.escape(f"unknown module {name!r}")) as caught:
+        stage.run(Network(task.model), context_of(task))
+    assert advice in str(caught.value)
 
 
 # ------------------------------------------------------------------ Q/DQ graphs

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+
 from pydantic import Field
 
+from mmedge.errors import StageError, unknown
 from mmedge.stages.base import Context, Network, Saved, Stage, StageConfig
 from mmedge.stages.overflow import islands, magnitudes
 
@@ -23,17 +27,32 @@ class Fp16(Stage):
 
         Attributes:
             samples: calibration samples on which the range of every module is looked at.
-            keep_float32: more modules that stay float32, by name.
+            keep_float32: more modules that stay float32, by name or pattern (``head``, ``audio.*``).
         """
 
         samples: int = Field(64, ge=1)
         keep_float32: tuple[str, ...] = ()
 
     def run(self, network: Network, context: Context) -> Saved:
-        """Find the islands."""
+        """Find the islands.
+
+        Raises:
+            StageError: ``keep_float32`` names no module that computes anything.
+        """
         found = magnitudes(network.module, context.task, self.config.samples, context.progress)
+        for pattern in self.config.keep_float32:
+            _check_known(pattern, found)
         return Saved({}, {"float16_islands": sorted({*islands(found), *self.config.keep_float32})})
 
     def restore(self, network: Network, saved: Saved, context: Context) -> Network:
         """The network as it was."""
         return network
+
+
+def _check_known(pattern: str, modules: Collection[str]) -> None:
+    if any(fnmatchcase(path, pattern) for path in modules):
+        return
+    problem, fix = unknown("module", pattern, modules)
+    if any(path.startswith(f"{pattern}.") for path in modules):  # it holds modules that compute, and does not itself
+        fix = f"use '{pattern}.*' for all that is in it"
+    raise StageError(problem, where="fp16.keep_float32", fix=fix)
