@@ -93,7 +93,10 @@ def test_int8_that_is_never_fast_enough_is_not_shipped_nor_called_int8(tmp_path)
     assert result.latency_ms == report.stages[0].results[0].latency_ms
     assert "at least 1000.00x" in result.twin.reason
     assert report.verdict == "fail"
-    assert "shipped as its fp32 twin" in printed(report, tmp_path / "run")
+    shown = printed(report, tmp_path / "run")
+    assert "shipped as its fp32 twin" in shown
+    assert "layers can run in INT8" in shown
+    assert "layers in INT8" not in shown
 
 
 def test_a_target_that_cannot_release_single_layers_gets_all_or_nothing(tmp_path) -> None:
