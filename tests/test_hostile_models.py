@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command import mmedge
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from mmedge.errors import StageError, TaskError
 from mmedge.lower.export import onnx_of
 from mmedge.pipeline.check import check_model
-from mmedge.stages.base import Network
+from mmedge.stages.base import Network, as_tensors
 from mmedge.stages.distill import Distill
 from mmedge.stages.prune import Prune
 from mmedge.stages.structure import count, macs_by_module
@@ -131,6 +132,17 @@ def test_the_command_says_it_in_two_lines(template: Path, tmp_path: Path, monkey
     assert "the model (Net): my_task.py line " in outcome.err
 
 
+@pytest.mark.parametrize(
+    "stage", [Distill(Distill.Config(student="current")), Prune(Prune.Config(width=0.5, importance="taylor"))]
+)
+def test_a_loss_that_is_cut_off_from_the_outputs_trains_nothing(stage: Distill | Prune) -> None:
+    task = task_of(nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 10)), {"input": (4,)})
+    cut = replace(task, loss=lambda outputs, targets: task.loss(outputs, targets).detach())
+    with pytest.raises(StageError, match="has no gradient") as caught:
+        stage.run(Network(cut.model.eval()), context_of(cut))
+    assert ".detach()" in (caught.value.fix or "")
+
+
 class Computed(nn.Module):
     """A tensor with a history among the attributes, as the old weight norm leaves one behind."""
 
@@ -140,6 +152,13 @@ class Computed(nn.Module):
 
     def forward(self, signal: Tensor) -> Tensor:
         return self.linear(signal)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_torchscript_is_refused_by_name() -> None:
+    task = task_of(torch.jit.trace(nn.Linear(4, 10), torch.zeros(1, 4)), {"signal": (4,)})
+    with pytest.raises(TaskError, match=r"TorchScript\n.*give the nn.Module"):
+        check_model(task)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
@@ -202,3 +221,12 @@ def test_a_parameter_that_enters_a_module_is_counted() -> None:
     assert macs_by_module(model, signal) == {"linear": 240, "": 30}
     learned = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert learned == ["latents", "norm.bias", "linear.weight", "linear.bias"]
+
+
+def test_read_only_arrays_are_read_without_a_warning() -> None:
+    """As ``np.load(mmap_mode="r")`` gives them; warnings are errors here, and a tensor must not write to them."""
+    array = np.ones((2, 4), np.float32)
+    array.setflags(write=False)
+    tensor = as_tensors({"signal": array})["signal"]
+    tensor += 1
+    assert (array == 1).all()

@@ -267,6 +267,10 @@ MODELS = {
     "a number": (RETURN, "return self.head(both).mean()", "output logits has shape () for a batch of 4"),
     "bfloat16": (RETURN, "return self.head(both).bfloat16()", "output logits has dtype bfloat16"),
     "raises": ("nn.Linear(8, 3)", "nn.Linear(9, 3)", "model(**inputs) raised RuntimeError"),
+    "other samples": (RETURN, "return self.head(both - both.mean(0))", "depends on the other samples of the batch"),
+    "batch is fixed": (RETURN, "return self.head(both.view(4, 8)[: len(image)])", "a batch of 4 and no single sample"),
+    "random": (RETURN, "return self.head(both + torch.randn_like(both))", "changes from call to call"),
+    "meta device": ("return Net()", "return Net().to('meta')", "has no values: it is on the meta device"),
     "other argument": ("forward(self, image, words)", "forward(self, picture, words)", "raised TypeError"),
     "loss raises": ('outputs["logits"], targets', 'outputs["scores"], targets', "loss: raised KeyError"),
     "loss per sample": ("], targets)", "], targets, reduction='none')", "did not return one number as a tensor"),
@@ -291,10 +295,9 @@ def test_bad_model(check: Check, old: str, new: str, said: str) -> None:
 
 
 EXPORTS = {
-    "branch on values": ("both = ", "image = image if image.sum() > 0 else -image\n        both = ", "cannot follow"),
-    "batch is fixed": (RETURN, "return self.head(both.view(4, 8)[: len(image)])", "cannot follow"),
+    "branch on values": ("both = ", "if image.isnan().any(): image = -image\n        both = ", "cannot follow"),
+    "length of a tensor": (RETURN, f"{RETURN} + torch.zeros(len(image), 3)", "x.shape[0] in place of len(x)"),
     "NumPy inside": (RETURN, "return self.head(torch.from_numpy(both.detach().numpy() * 2))", "cannot"),
-    "random": (RETURN, "return self.head(both + torch.randn_like(both))", "answers differently"),
 }
 
 

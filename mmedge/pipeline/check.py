@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mmedge.errors import MmedgeError, TargetError, TaskError
-from mmedge.stages.base import Network, as_tensors, outputs_of
+from mmedge.stages.base import Network, as_tensor, as_tensors, outputs_of
 from mmedge.task import SPLITS, Batch, Split, Task
 from mmedge.tensors import DTYPES, Array
 
@@ -35,15 +35,32 @@ def check_model(task: Task) -> None:
         TaskError: names what is wrong.
     """
     where = f"task {task.name}"
-    _check_copies(task.model, where)
-    for name, tensor in task.model.state_dict().items():
+    _check_weights(task.model, where)
+    batch = task.example()
+    outputs = _forward(task, batch)
+    _check_outputs(outputs, batch, where)
+    _check_alone(task, outputs, batch)
+    _check_loss(task, outputs, batch)
+    for metric in (task.metric, *task.also):
+        task.score({name: tensor.numpy() for name, tensor in outputs.items()}, batch.targets, metric)
+
+
+def _check_weights(model: torch.nn.Module, where: str) -> None:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TaskError("the model is TorchScript", where=where, fix="give the nn.Module, not a scripted or traced one")
+    _check_copies(model, where)
+    for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):
             raise TaskError(f"{name} in the model's state is {type(tensor).__name__}, not a tensor", where=where)
+        if tensor.is_meta:
+            fix = "build the model without torch.device('meta'), then load its weights"
+            raise TaskError(f"weight {name} has no values: it is on the meta device", where=where, fix=fix)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             fix = "the checkpoint is damaged or training diverged: load another"
             raise TaskError(f"weight {name} holds NaN or infinite values", where=where, fix=fix)
-    batch = task.example()
-    outputs = _forward(task, batch)
+
+
+def _check_outputs(outputs: Mapping[str, torch.Tensor], batch: Batch, where: str) -> None:
     for name, tensor in outputs.items():
         if not isinstance(tensor, torch.Tensor):
             raise TaskError(f"output {name} is {type(tensor).__name__}, not a tensor", where=where)
@@ -54,9 +71,38 @@ def check_model(task: Task) -> None:
             raise TaskError(f"output {name} has dtype {dtype}, engines give {', '.join(DTYPES)}", where=where)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise TaskError(f"output {name} holds NaN or infinite values", where=where, fix="check inputs and weights")
-    _check_loss(task, outputs, batch)
-    for metric in (task.metric, *task.also):
-        task.score({name: tensor.numpy() for name, tensor in outputs.items()}, batch.targets, metric)
+
+
+def _check_alone(task: Task, outputs: Mapping[str, torch.Tensor], batch: Batch) -> None:
+    """Accuracy comes from batches and latency from single samples: both must be of the same network."""
+    first = Batch({name: array[:1] for name, array in batch.inputs.items()}, batch.targets[:1])
+    try:
+        alone = _forward(task, first)
+    except TaskError as err:
+        problem = f"it takes a batch of {len(batch)} and no single sample: {err.problem}"
+        fix = "no fixed batch size in view(), reshape() or expand(): take x.shape[0] or -1"
+        raise TaskError(problem, where=err.where, fix=fix) from err
+    if not (name := _other_than(outputs, alone)):
+        return
+    if _other_than(outputs, _forward(task, batch)):
+        problem = f"output {name} changes from call to call"
+        fix = "look for randomness, and for inputs or state that forward() changes in place"
+    else:
+        problem = f"output {name} depends on the other samples of the batch: the first one alone gives another answer"
+        fix = "no statistics over the batch in eval mode: mean(0), a branch, BatchNorm with track_running_stats=False"
+    raise TaskError(problem, where=f"task {task.name}: model", fix=fix)
+
+
+def _other_than(outputs: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> str:
+    """The first output that differs in its first rows by more than kernels for other sizes round differently."""
+    for name, tensor in outputs.items():
+        if not tensor.is_floating_point():
+            continue  # made by argmax or the like: one step of rounding may be the next number
+        found, own = others[name].double(), tensor.double()
+        rounding = 100 * torch.finfo(tensor.dtype).eps * own.abs().max()
+        if (found - own[: len(found)]).abs().max() > 1e-2 * own.std(unbiased=False) + rounding:
+            return name
+    return ""
 
 
 def _check_copies(model: torch.nn.Module, where: str) -> None:
@@ -92,7 +138,7 @@ def _forward(task: Task, batch: Batch) -> dict[str, torch.Tensor]:
 def _check_loss(task: Task, outputs: Mapping[str, torch.Tensor], batch: Batch) -> None:
     where = f"task {task.name}: loss"
     try:
-        loss = task.loss(outputs, torch.from_numpy(batch.targets))
+        loss = task.loss(outputs, as_tensor(batch.targets))
     except Exception as err:
         raise TaskError(f"raised {type(err).__name__}: {err}", where=where) from err
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:

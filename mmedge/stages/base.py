@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from mmedge.errors import StageError
 from mmedge.progress import Progress
 from mmedge.task import Task
+from mmedge.tensors import Array
 
 Form = Literal["float", "qdq"]
 
@@ -152,8 +153,13 @@ class Stage(ABC):
 
 
 def as_tensors(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """NumPy inputs as torch tensors (no copy)."""
-    return {name: torch.from_numpy(array) for name, array in inputs.items()}
+    """NumPy inputs as torch tensors."""
+    return {name: as_tensor(array) for name, array in inputs.items()}
+
+
+def as_tensor(array: Array) -> Tensor:
+    """A NumPy array as a torch tensor: no copy, unless it is read-only (``np.load(mmap_mode="r")``)."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def outputs_of(module: Callable[..., Any], inputs: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -86,7 +86,8 @@ def program_of(module: nn.Module, task: Task) -> ExportedProgram:
             f"torch.export cannot follow the model: {type(err).__name__}: {reason[0]}",
             where=f"task {task.name}{_culprit(err, module)}",
             fix="use tensor operations only in forward(): torch.where in place of branches on values, no .item(), no "
-            "fixed batch size in view() or expand(), no NumPy; `mmedge task check` shows the whole message with -v",
+            "fixed batch size in view() or expand(), x.shape[0] in place of len(x), no NumPy; `mmedge task check` "
+            "shows the whole message with -v",
         ) from err
     if kept:
         raise StageError(

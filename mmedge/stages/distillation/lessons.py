@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmedge.stages.base import Context, as_tensors
+from mmedge.stages.base import Context, as_tensor, as_tensors
 from mmedge.stages.distillation.settings import Training
 from mmedge.task import Task
 from mmedge.tensors import blank
@@ -70,7 +70,7 @@ def samples_of(task: Task, seed: int, limit: int | None) -> Iterator[tuple[int, 
         if count <= 0:
             return
         inputs = as_tensors({name: array[:count] for name, array in batch.inputs.items()})
-        yield first, inputs, torch.from_numpy(batch.targets[:count])
+        yield first, inputs, as_tensor(batch.targets[:count])
         first += count
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmedge.errors import StageError, unknown
-from mmedge.stages.base import Context, Network, as_tensors
+from mmedge.stages.base import Context, Network, as_tensor, as_tensors
 from mmedge.stages.distillation.settings import Training, generated, pair_of
 from mmedge.stages.distillation.watch import Seen, Wanted, Watch
 from mmedge.stages.structure import deepest_first, keep_blocks, runs_of
@@ -100,6 +100,8 @@ def check_fit(student: nn.Module, settings: Training, context: Context) -> Seen:
         fix = "leave the stage out, or give a student that has parameters"
         raise StageError("the student has no parameters to train", where=f"task {context.task.name}", fix=fix)
     _check_outputs(settings, context, theirs.outputs)
+    if settings.labels:
+        check_gradient(context.task, mine.outputs, as_tensor(context.task.example().targets[:ROWS]))
     where = f"task {context.task.name}: student"
     for name in _compared(answered(settings, context.task, theirs), context.task):
         if mine.outputs[name].shape != theirs.outputs[name].shape:
@@ -115,6 +117,23 @@ def check_fit(student: nn.Module, settings: Training, context: Context) -> Seen:
                 raise error
     _check_tokens(settings, context.task, mine)
     return theirs
+
+
+def check_gradient(task: Task, outputs: Mapping[str, Tensor], targets: Tensor) -> None:
+    """The task's own loss must pass a gradient to the outputs.
+
+    Raises:
+        StageError: it does not.
+    """
+    leaves = {name: each.detach().requires_grad_(each.is_floating_point()) for name, each in outputs.items()}
+    with torch.enable_grad():
+        try:
+            value = task.loss(leaves, targets)
+        except Exception as err:
+            raise StageError(f"raised {type(err).__name__}: {err}", where=f"task {task.name}: loss") from err
+    if not value.requires_grad:
+        fix = "use tensor operations on the outputs: no .detach(), no .item(), no NumPy"
+        raise StageError("it has no gradient, so nothing can be trained", where=f"task {task.name}: loss", fix=fix)
 
 
 def answered(settings: Training, task: Task, example: Seen) -> Training:

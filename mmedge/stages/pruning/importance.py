@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from mmedge.errors import StageError
-from mmedge.stages.base import Context, as_tensors, outputs_of
+from mmedge.stages.base import Context, as_tensor, as_tensors, outputs_of
 from mmedge.stages.pruning.groups import Group
 from mmedge.stages.structure import Slot
 from mmedge.stages.training import autocast, reproducible
@@ -157,7 +157,7 @@ def _batches(context: Context) -> Iterator[tuple[Inputs, Tensor]]:
     for batch in islice(context.task.stream("train", context.seed), BATCHES):
         yield (
             as_tensors({name: array[:ROWS] for name, array in batch.inputs.items()}),
-            torch.from_numpy(batch.targets[:ROWS]),
+            as_tensor(batch.targets[:ROWS]),
         )
 
 
@@ -173,6 +173,9 @@ def _gradients(module: nn.Module, context: Context, losses: Callable[..., Losses
                 value = _computed(loss)
                 if not value.isfinite():
                     raise StageError(f"the loss is {float(value)}", where="prune", fix="use importance: magnitude")
+                if not value.requires_grad:
+                    fix = "use tensor operations in the loss, no .detach(), or importance: magnitude"
+                    raise StageError("the loss has no gradient", where="prune", fix=fix)
                 torch.autograd.backward(value)
             yield name
     for parameter in frozen:
