@@ -107,7 +107,7 @@ def test_attention_equals_pytorch_also_for_a_query_that_sees_nothing(options, tm
         assert not wanted[0].any()
 
 
-def task_of(module: nn.Module, *shape: int) -> Task:
+def values_task(module: nn.Module, *shape: int) -> Task:
     """A task of one input ``x``, normal values of ``(32, *shape)``, and one output."""
 
     def samples(split: str, seed: int):
@@ -124,7 +124,7 @@ def test_attention_equals_pytorch_whatever_stands_before_the_tokens(outer, tmp_p
         def forward(self, x: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(x, x, x)
 
-    task = task_of(Plain(), *outer, 5, 4)
+    task = values_task(Plain(), *outer, 5, 4)
     write(onnx_of(Network(task.model), task), tmp_path / "model.onnx")
     batch = task.example()
     found = answers(OnnxRuntime(), tmp_path / "model.onnx", tmp_path / "engine", batch)
@@ -282,7 +282,7 @@ def test_attention_that_is_written_out_for_quantization_gives_the_same_numbers(m
             }
             return F.scaled_dot_product_attention(x, key, key, **options[mask])
 
-    task = task_of(Masked(), 4, 5, 5)
+    task = values_task(Masked(), 4, 5, 5)
     graph = spelled_out(graph_of(task.model, task))
     kinds = {node.target for node in graph.graph.nodes}
     assert torch.ops.aten.scaled_dot_product_attention.default not in kinds
@@ -303,7 +303,7 @@ def test_weights_of_many_tokens_that_are_all_small_have_a_scale_that_holds_them(
             return F.scaled_dot_product_attention(self.k(x), self.k(x), self.v(x))
 
     torch.manual_seed(0)
-    task = task_of(Alike(), 200, 8)
+    task = values_task(Alike(), 200, 8)
     network, portable = reader_task.quantized(task, tmp_path / "portable.onnx")
     (attending,) = attention_of(network.prepared)
     graph = simulated(network.prepared)
@@ -360,7 +360,7 @@ class Learned(nn.Module):
 @pytest.mark.parametrize("given", ["parameter", "linear", "sdpa", "varying"])
 def test_attention_of_learned_queries_is_not_rounded_and_the_report_says_why(given) -> None:
     """How many samples there are is all that such queries know of the input."""
-    task = task_of(Learned(given), 6, 32)
+    task = values_task(Learned(given), 6, 32)
     _, edits = prepare(Network(task.model), task, ())
     assert bool(edits["attention"]) is (given == "varying")
     assert ("do not depend on the inputs" in edits["skipped"].get("model", "")) is (given != "varying")
@@ -369,7 +369,7 @@ def test_attention_of_learned_queries_is_not_rounded_and_the_report_says_why(giv
 def test_openvino_answers_the_same_each_time_with_learned_queries(tmp_path) -> None:
     """In INT8 such attention is right once and wrong from the second query on, and so are constants left in INT8."""
     torch.manual_seed(0)
-    task = task_of(Learned("parameter"), 6, 32)
+    task = values_task(Learned("parameter"), 6, 32)
     _, portable = reader_task.quantized(task, tmp_path / "portable.onnx")
     shape_for(portable, OpenVino.lowering, tmp_path / "model.onnx")
     batch = task.example()
