@@ -234,8 +234,9 @@ def test_a_killed_training_goes_on_at_its_step_and_ends_with_the_same_weights(tm
     reached = reached_in(kept)
     weights, rest = done(tmp_path / "again", launcher, **order, kept=str(kept))
     if launcher:  # no two processes drop out the same, nor any in two steps
-        other = json.loads((tmp_path / "again" / "1.json").read_text())
-        assert len({*rest["seeds"], *other["seeds"]}) == 2 * len(rest["seeds"]) > 0
+        # The first call only looks whether the loss has a gradient.
+        mine, its = rest["seeds"][1:], json.loads((tmp_path / "again" / "1.json").read_text())["seeds"][1:]
+        assert len({*mine, *its}) == 2 * len(mine) > 0
     assert 9 <= reached < 16
     assert rest["lines"] == [f"distill: resumes at step {reached} of 16"]
     assert rest["losses"] == facts["losses"][reached:]

@@ -194,10 +194,10 @@ def test_an_engine_that_does_not_repeat_itself_is_not_shipped(steady, shipped, w
             raise UnsteadyError("asked one sample three times the engine gave different answers")
         return SimpleNamespace(digest=f"{step.name}{released}")
 
-    form = SimpleNamespace(lowering=OpenVino.lowering, cannot_run=lambda: None, float_name="fp32")
+    form = SimpleNamespace(lowering=OpenVino.lowering, cannot_run=lambda: None)
     form.forms = lambda: [form]
     step = SimpleNamespace(name="int8", attention=("attention",), groups={}, damage={})
-    step.float_ancestor = lambda: SimpleNamespace(name="float")
+    step.float_ancestor = lambda: SimpleNamespace(name="float", float_name=lambda form: "fp32")
     times = SimpleNamespace(values=lambda name, inputs, measure: dict.fromkeys(inputs["engines"], 1.0))
     task = SimpleNamespace(metric=SimpleNamespace(higher_is_better=True))
     line = SimpleNamespace(engine=engine, store=times, task=task, progress=Progress())
