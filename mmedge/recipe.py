@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +15,10 @@ from typing_extensions import Self
 from mmedge import plugins
 from mmedge.errors import RecipeError, UsageError, unknown
 from mmedge.report.gates import GatesConfig, modality_names, stage_names
+from mmedge.strict_yaml import parse, words
 
 FOLDERS = (Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes")  # wheel, editable install
 LONGEST_NAME = 100  # bytes; with the task's name and a hash it is one part of a path, of which systems take 255
-MOST_VALUES = 100_000  # of a recipe, aliases written out: a page of them can stand for more than memory holds
 
 
 class ProfileConfig(BaseModel):
@@ -280,66 +278,6 @@ def _check_names(recipe: Recipe, where: str) -> None:
             raise RecipeError(problem, where=f"{where}: {place}", fix=fix)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as it was meant: no key twice, keys are text, numbers are finite, ``1e-3`` is a number (as in YAML 1.2)."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} is not text: put it in quotes", key.start_mark
-                )
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is there twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-    def construct_finite(self, node: Any) -> float:
-        """A float that is a number."""
-        value = self.construct_yaml_float(node)
-        if not math.isfinite(value):
-            raise yaml.constructor.ConstructorError(None, None, f"{node.value} is not a number", node.start_mark)
-        return value
-
-
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_finite)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("+-0123456789")
-)
-
-
-def _parse(text: str) -> Any:
-    """The value of a YAML text.
-
-    Raises:
-        yaml.YAMLError: ``problem`` says what is wrong, ``problem_mark`` where.
-    """
-    loader = _Loader(text)
-    try:
-        value = loader.get_single_data()
-        if (count := _values(value, {})) > MOST_VALUES:
-            raise yaml.YAMLError(f"aliases make {count:.1e} values of it, more than {MOST_VALUES:,}")
-        json.dumps(value, default=str)
-    except (ValueError, RecursionError) as err:  # an alias inside its own anchor, brackets a thousand deep
-        raise yaml.YAMLError(f"nested too deep: {err}") from err
-    finally:
-        loader.dispose()
-    return value
-
-
-def _values(value: Any, known: dict[int, int]) -> int:
-    """How many values there are once every alias is written out; what is behind an alias is counted once."""
-    if not isinstance(value, list | dict):
-        return 1
-    if id(value) not in known:
-        parts = value.values() if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_values(part, known) for part in parts)
-    return known[id(value)]
-
-
 def read_recipe(path: Path) -> str:
     """The text of a recipe file.
 
@@ -354,18 +292,14 @@ def read_recipe(path: Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = _parse(read_recipe(path))
+        raw = parse(read_recipe(path))
     except yaml.YAMLError as err:
         mark = getattr(err, "problem_mark", None)
         place = f"{path.name}: line {mark.line + 1}" if mark else path.name
-        raise RecipeError(f"not good YAML: {_words(err)}", where=place) from err
+        raise RecipeError(f"not good YAML: {words(err)}", where=place) from err
     if not isinstance(raw, dict):
         raise RecipeError("a recipe is a mapping of keys to values", where=path.name)
     return raw
-
-
-def _words(err: yaml.YAMLError) -> str:
-    return str(getattr(err, "problem", None) or err).splitlines()[0]
 
 
 def _apply(raw: dict[str, Any], change: str) -> None:
@@ -375,9 +309,9 @@ def _apply(raw: dict[str, Any], change: str) -> None:
     if not equals or not all(keys):
         raise UsageError(f"--set {change!r}", fix="write --set key.key=value, for example --set stages.0.ratio=0.3")
     try:
-        value = _parse(text)
+        value = parse(text)
     except yaml.YAMLError as err:
-        raise UsageError(f"--set {change!r}: the value is not good YAML: {_words(err)}") from err
+        raise UsageError(f"--set {change!r}: the value is not good YAML: {words(err)}") from err
     place: Any = raw
     if keys[0] == "stages" and len(keys) > 1 and isinstance(raw.get("stages"), list):
         place, keys = _settings(raw["stages"], keys[1], change), keys[2:]

@@ -20,7 +20,7 @@ PACKAGE = Path(mmedge.__file__).parent
 
 # Lower layers first. A part may import parts of lower layers and itself, not those beside or above it.
 LAYERS = (
-    ("errors", "tensors", "progress"),
+    ("errors", "tensors", "progress", "strict_yaml"),
     ("artifact",),
     ("task",),
     ("loading",),
@@ -39,7 +39,7 @@ UPWARD = {("profile.worker", "plugins")}
 # Narrower than the layers say.
 ONLY = {
     "plugins": {"errors", "targets.base", "targets.devices", "targets.devices.table"},
-    "recipe": {"errors", "plugins", "report.gates"},
+    "recipe": {"errors", "plugins", "report.gates", "strict_yaml"},
 }
 
 Import = tuple[str, str]  # who imports what, both without the leading "mmedge."

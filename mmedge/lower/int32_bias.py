@@ -27,23 +27,21 @@ def int32_biases(model: ir.Model) -> None:
         bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
         if pair is None or weight is None or bias is None:
             continue
-        x_scale, w_scale = constant(pair[1].inputs[1]), constant(weight.inputs[1])
-        if x_scale is None or w_scale is None or w_scale.size != bias.size:
+        stored, w_scale = (constant(value) for value in weight.inputs[:2])
+        x_scale = constant(pair[1].inputs[1])
+        if x_scale is None or stored is None or w_scale is None or w_scale.size != bias.size:
             continue
         smallest = np.abs(bias.astype(np.float64)) / x_scale / MOST_STEPS
         if (smallest > w_scale).any():
-            w_scale = np.maximum(w_scale, smallest).astype(w_scale.dtype)
-            node.replace_input_with(1, _coarser(model, weight, w_scale))
+            old, w_scale = w_scale, np.maximum(w_scale, smallest).astype(w_scale.dtype)
+            node.replace_input_with(1, _coarser(model, weight, stored, old, w_scale))
         if node.op_type == "Gemm":
             _quantize_bias(model, node, bias, x_scale.astype(np.float64) * w_scale)
 
 
-def _coarser(model: ir.Model, weight: ir.Node, scale: Array) -> ir.Value:
+def _coarser(model: ir.Model, weight: ir.Node, stored: Array, old: Array, scale: Array) -> ir.Value:
     """A weight with larger scales, its integers rounded to them: next to such a bias its products hardly count."""
     integers, before, *zero = (value for value in weight.inputs if value is not None)
-    stored, old = constant(integers), constant(before)
-    assert stored is not None
-    assert old is not None
     axis = weight.attributes.get_int("axis", 1)
     ratio = (old / scale).reshape([-1 if i == axis else 1 for i in range(stored.ndim)])
     inputs = [

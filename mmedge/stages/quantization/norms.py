@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from mmedge.stages.quantization.operators import CHANNEL_AXIS, LINEAR, NORMS
+from mmedge.stages.quantization.operators import CHANNEL_AXIS, LINEAR, NORMS, TRANSPOSED
 from mmedge.stages.quantization.parameters import add_parameter, free_path
 from mmedge.stages.quantization.prepared import tensor_at
 
 aten = torch.ops.aten
-TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
+TURNED = TRANSPOSED | {aten.conv_transpose3d.input}  # that one stays float, its norm is folded all the same
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _arguments(node: Node, count: int) -> list[Any]:
 
 def _has_its_channels(layer: Any) -> bool:
     """Whether a norm behind it counts channels along the axis that the layer's weight gives."""
-    weighted = isinstance(layer, Node) and (layer.target in CHANNEL_AXIS or layer.target in TRANSPOSED)
+    weighted = isinstance(layer, Node) and (layer.target in CHANNEL_AXIS or layer.target in TURNED)
     return weighted and (layer.target is not LINEAR or layer.meta["val"].ndim == 2)
 
 
@@ -138,7 +138,7 @@ def _values(graph: GraphModule, fold: _Fold) -> tuple[Tensor, Tensor]:
     weight = tensor_at(graph, old.target).detach()
     bias = torch.zeros_like(norm.mean) if old_bias is None else tensor_at(graph, old_bias.target).detach()
     new_bias = (bias - norm.mean) * norm.scale + norm.shift
-    if fold.layer.target not in TRANSPOSED:
+    if fold.layer.target not in TURNED:
         return weight * norm.scale.reshape(-1, *[1] * (weight.ndim - 1)), new_bias
     groups = _arguments(fold.layer, 7)[6] or 1
     apart = weight.reshape(groups, -1, *weight.shape[1:])  # group, its input channels, its output channels, kernel
