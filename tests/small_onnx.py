@@ -45,7 +45,7 @@ class Maker:
         if not self.quantized:
             return [self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", bias)]
         others = tuple(i for i in range(weight.ndim) if i != axis)
-        scale = np.abs(weight).max(axis=others) / 127
+        scale = np.abs(weight).max(axis=others) / 64  # which no processor overflows with
         stored = np.round(weight / np.expand_dims(scale, others)).astype(np.int8)
         weight_name = self.dequantized(f"{name}.weight", stored, scale, axis)
         if not self.int32_bias:

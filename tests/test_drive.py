@@ -209,7 +209,7 @@ def test_the_three_are_told_apart(tasks) -> None:
 def engine_answers(task: Task, network: Network, folder: Path, batches: list[Batch]) -> tuple[dict[str, Array], Array]:
     """What ONNX Runtime says, lowered as the pipeline does."""
     write(onnx_of(network, task), folder / "base.onnx")
-    shape_for(folder / "base.onnx", OnnxRuntime.lowering, folder / "model.onnx")
+    shape_for(folder / "base.onnx", OnnxRuntime().lowering, folder / "model.onnx")
     (folder / "engine").mkdir()
     target = OnnxRuntime()
     target.build(folder / "model.onnx", folder / "engine")

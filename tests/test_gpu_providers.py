@@ -83,7 +83,8 @@ def test_the_cpu_stays_as_it_was(tmp_path: Path) -> None:
     assert target.options() == {}
     assert target.forms() == [target]
     assert target.describe(tmp_path / "no file", {}) == {}
-    assert target.lowering == OnnxRuntime("cpu").lowering == OnnxRuntime.lowering
+    assert target.lowering == OnnxRuntime("cpu").lowering
+    assert OnnxRuntime(weight_bits=8).lowering == OnnxRuntime.lowering
     assert target.lowering.microsoft_operators
     (tmp_path / "engine").mkdir()
     build = target.build(saved(tmp_path), tmp_path / "engine")

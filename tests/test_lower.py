@@ -32,6 +32,7 @@ from mmedge.stages.trace import graph_of
 from mmedge.targets.base import Lowering, Target
 from mmedge.targets.onnxruntime import OnnxRuntime
 from mmedge.targets.openvino import OpenVino, compile_model
+from mmedge.targets.processor import overflows
 from mmedge.task import Batch, Metric, Task, accuracy
 from mmedge.tensors import TensorSpec
 
@@ -151,7 +152,7 @@ def test_openvino_gets_no_pair_that_nothing_int8_reads(quantized, tmp_path) -> N
 
 def test_onnxruntime_adds_the_bias_inside_of_the_integer_product(quantized, tmp_path) -> None:
     _, portable = quantized
-    shape_for(portable, OnnxRuntime.lowering, tmp_path / "model.onnx")
+    shape_for(portable, OnnxRuntime().lowering, tmp_path / "model.onnx")
     kinds = Counter(node.op_type for node in ir.load(tmp_path / "model.onnx").graph)
     assert kinds["MatMulIntegerToFloat"] == 7
     (tmp_path / "engine").mkdir()
@@ -191,7 +192,7 @@ def test_onnxruntime_multiplies_rows_in_integers_where_nothing_quantizes_the_rel
     stage = Quantize(Quantize.Config(calibration={"samples": 8}))
     network = stage.restore(Network(task.model), stage.run(Network(task.model), context), context)
     write(onnx_of(network, task), tmp_path / "portable.onnx")
-    shape_for(tmp_path / "portable.onnx", OnnxRuntime.lowering, tmp_path / "model.onnx")
+    shape_for(tmp_path / "portable.onnx", OnnxRuntime().lowering, tmp_path / "model.onnx")
     (tmp_path / "built").mkdir()
     build = OnnxRuntime().build(tmp_path / "model.onnx", tmp_path / "built")
     assert build.coverage is not None
@@ -199,7 +200,7 @@ def test_onnxruntime_multiplies_rows_in_integers_where_nothing_quantizes_the_rel
     assert (build.facts["kernels"]["MatMulIntegerToFloat"], build.facts["kernels"]["QGemm"]) == (2, 2)
     batch = task.example()
     found = answers(OnnxRuntime(), tmp_path / "model.onnx", tmp_path / "engine", batch)
-    assert relative_error(found, expected(network, task, batch)) < 0.01
+    assert relative_error(found, expected(network, task, batch)) < (0.1 if overflows() else 0.01)  # of 7 bits, of 8
 
 
 def rounded(model: ir.Model) -> dict[str, list[bool]]:
@@ -213,14 +214,15 @@ def rounded(model: ir.Model) -> dict[str, list[bool]]:
 
 def test_only_targets_that_run_products_of_attention_in_int8_get_them_rounded(quantized, tmp_path) -> None:
     _, portable = quantized
-    apart = replace(OpenVino.lowering, merged_projections=False)
-    for number, lowering in enumerate((apart, OnnxRuntime.lowering, Lowering())):
+    apart = replace(OpenVino(weight_bits=8).lowering, merged_projections=False)
+    for number, lowering in enumerate((apart, OnnxRuntime().lowering, Lowering())):
         shape_for(portable, lowering, tmp_path / f"{number}.onnx")
     in_integers, *in_float = (rounded(ir.load(tmp_path / f"{number}.onnx")) for number in range(3))
     assert in_integers == {"Einsum": [True, True], "MatMul": [True, True]}  # scores over keys as they lie, and weighing
     assert in_float == [{"MatMul": [False, False]}] * 2
 
 
+@pytest.mark.skipif(overflows(), reason="on this processor attention stays in floating point")
 def test_openvino_runs_attention_in_int8_and_in_float_where_it_is_released(task, quantized, tmp_path) -> None:
     """By the precision that its execution graph gives for the kernel that holds the softmax."""
     network, portable = quantized
@@ -228,7 +230,7 @@ def test_openvino_runs_attention_in_int8_and_in_float_where_it_is_released(task,
     batch = task.example()
     wanted = expected(network, task, batch)
     for name, release in (("integers", None), ("float", Release((attending,), {}))):
-        shape_for(portable, OpenVino.lowering, tmp_path / f"{name}.onnx", release)
+        shape_for(portable, OpenVino().lowering, tmp_path / f"{name}.onnx", release)
         found = answers(OpenVino(), tmp_path / f"{name}.onnx", tmp_path / name, batch)
         assert relative_error(found, wanted) < 0.05
         _, compiled = compile_model(tmp_path / f"{name}.onnx", 1, "f32")
@@ -309,7 +311,7 @@ def test_weights_of_many_tokens_that_are_all_small_have_a_scale_that_holds_them(
     graph = simulated(network.prepared)
     enable_only(graph, network.prepared, [attending])
     assert sum(isinstance(each, FakeQuantize) and each.enabled for each in graph.modules()) == 4  # weights are one
-    shape_for(portable, OpenVino.lowering, tmp_path / "model.onnx")
+    shape_for(portable, OpenVino().lowering, tmp_path / "model.onnx")
     batch = task.example()
     found = answers(OpenVino(), tmp_path / "model.onnx", tmp_path / "engine", batch)
     assert relative_error(found, expected(Network(task.model), task, batch)) < 0.08
@@ -371,7 +373,7 @@ def test_openvino_answers_the_same_each_time_with_learned_queries(tmp_path) -> N
     torch.manual_seed(0)
     task = values_task(Learned("parameter"), 6, 32)
     _, portable = reader_task.quantized(task, tmp_path / "portable.onnx")
-    shape_for(portable, OpenVino.lowering, tmp_path / "model.onnx")
+    shape_for(portable, OpenVino().lowering, tmp_path / "model.onnx")
     batch = task.example()
     wanted = expected(Network(task.model), task, batch)
     assert relative_error(answers(OpenVino(), tmp_path / "model.onnx", tmp_path / "engine", batch), wanted) < 0.05
@@ -380,7 +382,7 @@ def test_openvino_answers_the_same_each_time_with_learned_queries(tmp_path) -> N
 def test_weights_go_to_openvino_without_zero_points_and_signed_where_only_products_read(quantized, tmp_path) -> None:
     """With them it runs layers of a fixed batch in floating point, saying nothing."""
     _, portable = quantized
-    shape_for(portable, OpenVino.lowering, tmp_path / "model.onnx")
+    shape_for(portable, OpenVino().lowering, tmp_path / "model.onnx")
     for node in nodes(ir.load(tmp_path / "model.onnx"), "DequantizeLinear"):
         weight = constant(node.inputs[0])
         if weight is not None:
@@ -395,7 +397,7 @@ def test_weights_go_to_openvino_without_zero_points_and_signed_where_only_produc
         )
 
 
-@pytest.mark.parametrize("target", [OnnxRuntime(), OpenVino()], ids=lambda target: target.name)
+@pytest.mark.parametrize("target", [OnnxRuntime(), OpenVino(weight_bits=8)], ids=lambda target: target.name)
 def test_released_layers_run_in_float_with_their_own_weights(task, quantized, tmp_path, target) -> None:
     network, portable = quantized
     released = ("up", "down", "patch")
@@ -411,7 +413,7 @@ def test_released_layers_run_in_float_with_their_own_weights(task, quantized, tm
 def test_all_layers_released_the_graph_is_the_float_network(task, quantized, tmp_path) -> None:
     network, portable = quantized
     layers = tuple(release_of(network, ()).weights)
-    shape_for(portable, OnnxRuntime.lowering, tmp_path / "model.onnx", release_of(network, layers))
+    shape_for(portable, OnnxRuntime().lowering, tmp_path / "model.onnx", release_of(network, layers))
     model = ir.load(tmp_path / "model.onnx")
     assert not list(nodes(model, "QuantizeLinear", "DequantizeLinear"))
     assert not any(quantized_weight(node.inputs[1]) for node in nodes(model, "MatMul", "Conv", "Gemm"))
@@ -434,7 +436,7 @@ def test_what_goes_back_to_float_is_as_it_was_before_repairs_of_rounding(
     batch = given.example()
     wanted = expected(original, given, batch)
     for name, release in (("exact", everything), ("biased", replace(everything, biases={}))):
-        shape_for(tmp_path / "portable.onnx", OnnxRuntime.lowering, tmp_path / f"{name}.onnx", release)
+        shape_for(tmp_path / "portable.onnx", OnnxRuntime().lowering, tmp_path / f"{name}.onnx", release)
         found = answers(OnnxRuntime(), tmp_path / f"{name}.onnx", tmp_path / name, batch)
         assert (relative_error(found, wanted) < 1e-5) == (name == "exact")
 
@@ -447,7 +449,7 @@ def test_no_pair_is_left_where_concatenation_and_pooling_went_back_to_float(smal
     layers = tuple(release_of(network, ()).weights)
     for number, released in enumerate([("fusion.0", "head"), layers]):
         path = tmp_path / f"{number}.onnx"
-        shape_for(tmp_path / "portable.onnx", OnnxRuntime.lowering, path, release_of(network, released))
+        shape_for(tmp_path / "portable.onnx", OnnxRuntime().lowering, path, release_of(network, released))
         model = ir.load(path)
         (joined,) = nodes(model, "Concat")
         assert all(producer(value, "DequantizeLinear") is None for value in joined.inputs)
@@ -463,8 +465,36 @@ def test_parts_of_a_concatenation_keep_their_shared_scale_and_run_in_int8(small_
     context = context_of(small_task)
     network = stage.restore(Network(small_task.model), stage.run(Network(small_task.model), context), context)
     write(onnx_of(network, small_task), tmp_path / "portable.onnx")
-    shape_for(tmp_path / "portable.onnx", OnnxRuntime.lowering, tmp_path / "model.onnx")
+    shape_for(tmp_path / "portable.onnx", OnnxRuntime().lowering, tmp_path / "model.onnx")
     (tmp_path / "engine").mkdir()
     coverage = OnnxRuntime().build(tmp_path / "model.onnx", tmp_path / "engine").coverage
     assert coverage is not None
     assert not coverage.other
+
+
+def test_a_shared_weight_whose_biases_are_beyond_int32_is_made_coarser_for_each_use(tmp_path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            nn.init.uniform_(self.layer.weight, -1e-3, 1e-3)
+            nn.init.uniform_(self.layer.bias, 1, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(1e-4 * x) + self.layer(2e-4 * x.flip(1))
+
+    task = values_task(Twice(), 8)
+    stage, parent, context = (
+        Quantize(Quantize.Config(calibration={"samples": 32})),
+        Network(task.model),
+        context_of(task),
+    )
+    network = stage.restore(parent, stage.run(parent, context), context)
+    write(onnx_of(network, task), tmp_path / "portable.onnx")
+    target = OnnxRuntime()
+    shape_for(tmp_path / "portable.onnx", target.lowering, tmp_path / "model.onnx")
+    coarser = [node.name for node in ir.load(tmp_path / "model.onnx").graph if "coarser" in str(node.name)]
+    assert len(coarser) == len({*coarser}) == 2
+    batch = task.example()
+    found = answers(target, tmp_path / "model.onnx", tmp_path / "engine", batch)
+    assert relative_error(found, expected(parent, task, batch)) < 1e-4

@@ -129,12 +129,12 @@ def test_openvino_answers_the_same_and_names_every_layer(reader, tmp_path) -> No
     found = []
     for merge in (False, True):
         path = tmp_path / f"{merge}.onnx"
-        shape_for(portable, replace(OpenVino.lowering, merged_projections=merge), path)
+        shape_for(portable, replace(OpenVino(weight_bits=8).lowering, merged_projections=merge), path)
         with opened(path, 1, "f32", "it") as run:
             found.append(run(inputs)["logits"])
     np.testing.assert_allclose(found[1], found[0], atol=0.02 * np.abs(found[0]).max())
     (tmp_path / "engine").mkdir()
-    coverage = OpenVino().build(tmp_path / "True.onnx", tmp_path / "engine").coverage
+    coverage = OpenVino(weight_bits=8).build(tmp_path / "True.onnx", tmp_path / "engine").coverage
     assert coverage is not None
     assert {name.partition("/")[0] for name in coverage.int8} >= {"q", "k", "v", "o"}
     assert not coverage.other
@@ -150,8 +150,8 @@ def test_openvino_answers_the_same_and_names_every_layer(reader, tmp_path) -> No
 def test_a_released_projection_keeps_its_product(reader, tmp_path) -> None:
     network, portable = reader
     release = release_of(network, ("k",))
-    shape_for(portable, OpenVino.lowering, tmp_path / "model.onnx", release)
+    shape_for(portable, OpenVino(weight_bits=8).lowering, tmp_path / "model.onnx", release)
     (tmp_path / "engine").mkdir()
-    coverage = OpenVino().build(tmp_path / "model.onnx", tmp_path / "engine").coverage
+    coverage = OpenVino(weight_bits=8).build(tmp_path / "model.onnx", tmp_path / "engine").coverage
     assert coverage is not None
     assert {name.partition("/")[0] for name in coverage.other} == {"k"}

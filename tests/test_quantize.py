@@ -26,6 +26,7 @@ from mmedge.stages.quantize import Quantize
 from mmedge.targets.base import Build, Lowering
 from mmedge.targets.onnxruntime import OnnxRuntime
 from mmedge.targets.openvino import OpenVino
+from mmedge.targets.processor import fitting_bits, overflows
 from mmedge.task import Batch, Metric, Task, accuracy
 from mmedge.tensors import TensorSpec
 
@@ -180,7 +181,7 @@ class Block(nn.Module):
 def test_openvino_sums_inside_of_the_convolution_where_both_branches_are_quantized(tmp_path) -> None:
     case, builds = quantize(Block), []
     for outputs, both in (("sums", True), (None, False)):
-        model = lowered(case, tmp_path, replace(OpenVino.lowering, quantized_outputs=outputs))
+        model = lowered(case, tmp_path, replace(OpenVino().lowering, quantized_outputs=outputs))
         (residual,) = residual_sums(model)
         assert all(activation_pair(value) is not None for value in residual.inputs) == both
         (engine := tmp_path / str(outputs)).mkdir()
@@ -212,7 +213,7 @@ class Upsampling(nn.Module):
 
 def test_openvino_runs_transposed_convolutions_in_int8_whatever_is_before_them(tmp_path) -> None:
     case = quantize(Upsampling)
-    model = lowered(case, tmp_path, OpenVino.lowering)
+    model = lowered(case, tmp_path, OpenVino().lowering)
     types = {}
     for node in nodes(model, "ConvTranspose", "Conv"):
         pair = activation_pair(node.inputs[0])
@@ -231,8 +232,8 @@ def test_openvino_runs_transposed_convolutions_in_int8_whatever_is_before_them(t
         build = target.build(tmp_path / "model.onnx", engine)
         if target.name == "openvino":
             assert build.coverage is not None
-            assert not build.coverage.other
-            assert build.facts["kernels"]["Deconvolution u8"] == build.facts["kernels"]["Deconvolution i8"] == 1
+            assert set(build.coverage.other) <= ({"after_gelu/ConvTranspose"} if overflows() else set())
+            assert build.facts["kernels"]["Deconvolution u8"] == 1
         with target.runner(engine, 1) as run:
             found.append(run(case[0].example().inputs)["logits"])
     assert np.abs(found[0] - found[1]).max() < 0.01 * np.abs(found[1]).max()
@@ -269,7 +270,7 @@ def test_cpu_form_has_unsigned_activations_with_zero_at_the_bottom_after_relu(qu
 
 @pytest.mark.parametrize(
     "lowering",
-    [Lowering(), OpenVino.lowering, OnnxRuntime.lowering],
+    [Lowering(weight_bits=fitting_bits()), OpenVino().lowering, OnnxRuntime().lowering],
     ids=["tensorrt", "openvino", "onnxruntime"],
 )
 def test_every_form_computes_what_pytorch_computes(quantized, tmp_path, lowering: Lowering) -> None:
@@ -278,11 +279,11 @@ def test_every_form_computes_what_pytorch_computes(quantized, tmp_path, lowering
     # Kernels round sums in another order than PyTorch's float emulation: a few activations land one step aside.
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
     cosine = float((found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected))
-    assert cosine > 0.999
+    assert cosine > (0.998 if overflows() else 0.999)  # weights of 7 bits, of 8
 
 
 def test_onnxruntime_runs_every_weighted_layer_in_int8(quantized, tmp_path) -> None:
-    lowered(quantized, tmp_path, OnnxRuntime.lowering)
+    lowered(quantized, tmp_path, OnnxRuntime().lowering)
     (tmp_path / "engine").mkdir()
     coverage = OnnxRuntime().build(tmp_path / "model.onnx", tmp_path / "engine").coverage
     assert coverage is not None
@@ -312,10 +313,10 @@ class Dead(nn.Module):
 )
 def test_onnxruntime_adds_the_bias_of_a_channel_without_weights(layer, tmp_path) -> None:
     case = quantize(lambda: Dead(layer()))
-    lowered(case, tmp_path, OnnxRuntime.lowering)
+    lowered(case, tmp_path, OnnxRuntime().lowering)
     wanted, (found, build) = of_pytorch(case), of_onnxruntime(case, tmp_path)
     assert not build.coverage.other
-    assert np.abs(found - wanted).max() < 0.001 * np.abs(wanted).max()
+    assert np.abs(found - wanted).max() < (0.003 if overflows() else 0.001) * np.abs(wanted).max()
 
 
 class Averaged(nn.Module):
@@ -333,7 +334,7 @@ class Averaged(nn.Module):
 @pytest.mark.parametrize(("padding", "kernel"), [(0, "QLinearAveragePool"), (1, "AveragePool")])
 def test_onnxruntime_averages_what_is_there_of_a_window_that_reaches_beyond(padding, kernel, tmp_path) -> None:
     case = quantize(lambda: Averaged(padding))
-    lowered(case, tmp_path, OnnxRuntime.lowering)
+    lowered(case, tmp_path, OnnxRuntime().lowering)
     wanted, (found, build) = of_pytorch(case), of_onnxruntime(case, tmp_path)
     assert np.abs(found - wanted).max() < 0.01 * np.abs(wanted).max()
     assert build.facts["kernels"][kernel] == 1
@@ -376,7 +377,7 @@ def test_onnxruntime_does_not_quantize_what_stays_float_between_int8_layers(betw
     found = []
     for guarded in (True, False):
         path, engine = tmp_path / f"{guarded}.onnx", tmp_path / str(guarded)
-        shape_for(tmp_path / "base.onnx", replace(OnnxRuntime.lowering, guarded=guarded), path, release)
+        shape_for(tmp_path / "base.onnx", replace(OnnxRuntime().lowering, guarded=guarded), path, release)
         engine.mkdir()
         coverage = OnnxRuntime().build(path, engine).coverage
         assert coverage is not None

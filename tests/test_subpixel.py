@@ -22,8 +22,8 @@ def write_graph(path: Path, activation: str | None, quantized_output: bool, bias
     rng = np.random.default_rng(0)
     kernel = attributes["kernel_shape"]
     arrays = {
-        "weight": rng.integers(-127, 128, (IN, OUT, *kernel), dtype=np.int8),
-        "weight_scale": rng.uniform(0.0005, 0.002, OUT).astype(np.float32),
+        "weight": rng.integers(-64, 65, (IN, OUT, *kernel), dtype=np.int8),
+        "weight_scale": rng.uniform(0.001, 0.004, OUT).astype(np.float32),
         "weight_zero": np.zeros(OUT, np.int8),
         "bias": rng.uniform(-1, 1, OUT).astype(np.float32),
         **{f"{name}_scale": np.float32(value) for name, value in (("x", 0.02), ("y", SCALE))},
@@ -66,7 +66,7 @@ def as_written(path: Path, rank: int) -> np.ndarray:
 
 def lowered(folder: Path, rank: int) -> tuple[np.ndarray, tuple[str, ...], dict[str, int]]:
     """What the lowered graph gives, the layers that ONNX Runtime runs in INT8, and all its kernels."""
-    shape_for(folder / "portable.onnx", OnnxRuntime.lowering, folder / "model.onnx")
+    shape_for(folder / "portable.onnx", OnnxRuntime().lowering, folder / "model.onnx")
     (folder / "engine").mkdir()
     build = OnnxRuntime().build(folder / "model.onnx", folder / "engine")
     assert build.coverage is not None

@@ -70,4 +70,4 @@ def test_options_are_listed() -> None:
     found: dict[str, Any] = plugins.target_options("jetson-agx-orin")
     assert found["jetpack"] is None
     assert "device" not in found
-    assert plugins.target_options("onnxruntime") == {"provider": "cpu", "half": False}
+    assert plugins.target_options("onnxruntime") == {"provider": "cpu", "half": False, "weight_bits": None}

@@ -24,11 +24,12 @@ from mmedge.recipe import Recipe, TwinConfig
 from mmedge.report.html import render
 from mmedge.report.model import Report, Result
 from mmedge.report.terminal import show
-from mmedge.targets.openvino import OpenVino
+from mmedge.targets.base import Lowering
 
 READER = f"{Path(__file__).with_name('reader_task.py')}:task"
 FRAGILE = f"{Path(__file__).with_name('fragile_task.py')}:task"
 ANY_SPEED, ANY_DROP = 0.0, 1.0
+INTEGERS = "openvino:weight_bits=8"  # attention in INT8 on every processor
 
 
 def run(folder: Path, twin: dict[str, Any], **changes: Any) -> Report:
@@ -141,7 +142,7 @@ def test_attention_runs_in_int8_only_where_that_is_faster(tmp_path) -> None:
     pytest.importorskip("openvino")
     stages = [{"quantize": {"calibration": {"samples": 32}}}]
     twin = {"min_speedup": ANY_SPEED, "max_drop": ANY_DROP}
-    result = last(run(tmp_path / "run", twin, task=READER, stages=stages, targets=["openvino"]))
+    result = last(run(tmp_path / "run", twin, task=READER, stages=stages, targets=[INTEGERS]))
     artifacts = tmp_path / "run" / "artifacts"
     both = {"": 0, "-part": 0}
     for lowered in artifacts.glob("quantize-openvino*-lowered-*"):
@@ -166,7 +167,7 @@ def test_attention_that_costs_accuracy_goes_back_alone(tmp_path, monkeypatch) ->
     monkeypatch.setattr(twin, "WORTH_IT", 1e9)  # INT8 throughout is tried first, whatever the times
     stages = [{"quantize": {"calibration": {"samples": 32}}}]
     rule = {"min_speedup": ANY_SPEED, "max_drop": 0.5}
-    result = last(run(tmp_path, rule, task=READER, stages=stages, targets=["openvino"]))
+    result = last(run(tmp_path, rule, task=READER, stages=stages, targets=[INTEGERS]))
     assert (result.precision, result.twin.shipped, result.int8_coverage) == ("int8", "int8", 1.0)
     assert result.twin.reason.endswith("attention's products in floating point: more accurate so")
     assert result.twin.backed_off == {}
@@ -192,20 +193,70 @@ def test_an_engine_that_does_not_repeat_itself_is_not_shipped(steady, shipped, w
     def engine(step: Any, form: Any, versions: Any, released: tuple[str, ...] = ()) -> Any:
         if ("attention released" if released else step.name) not in steady:
             raise UnsteadyError("asked one sample three times the engine gave different answers")
-        return SimpleNamespace(digest=f"{step.name}{released}")
+        return numbered(step, form, versions, released)
 
-    form = SimpleNamespace(lowering=OpenVino.lowering, cannot_run=lambda: None)
-    form.forms = lambda: [form]
-    step = SimpleNamespace(name="int8", attention=("attention",), groups={}, damage={})
-    step.float_ancestor = lambda: SimpleNamespace(name="float", float_name=lambda form: "fp32")
-    times = SimpleNamespace(values=lambda name, inputs, measure: dict.fromkeys(inputs["engines"], 1.0))
-    task = SimpleNamespace(metric=SimpleNamespace(higher_is_better=True))
-    line = SimpleNamespace(engine=engine, store=times, task=task, progress=Progress())
-    rule = twin.TwinRule(line, TwinConfig(min_speedup=1.0), 1, {}, lambda step, engine: 1.0)
-    settled = rule.settle(step, form, {})
+    settled = settle([stood_in()], engine, lambda step, engine: 1.0, lambda: {"int8 fp32 attention": 0.5})
     assert settled.shipped == shipped
     assert settled.engine.released == (("attention",) if shipped == "int8" else ())
     assert why in settled.reason
+
+
+def stood_in(name: str = "fp32") -> Any:
+    """A form of a target that runs attention in INT8."""
+    return SimpleNamespace(name=name, lowering=Lowering(integer_attention=True), cannot_run=lambda: None)
+
+
+def settle(forms: list[Any], engine: Any, value: Any, times: Any, groups: dict[str, list[str]] | None = None) -> Any:
+    """What the rule makes of stand-ins; ``times`` by the engines' digests, 1 where it has none."""
+    for form in forms:
+        form.forms = lambda: forms
+    step = SimpleNamespace(name="int8", form="qdq", attention=("attention",), groups=groups or {}, damage={})
+    step.float_name = lambda form: form.name
+    step.float_ancestor = lambda: SimpleNamespace(name="float", form="float", float_name=lambda form: form.name)
+    store = SimpleNamespace(values=lambda name, inputs, measure: {**dict.fromkeys(inputs["engines"], 1.0), **times()})
+    task = SimpleNamespace(metric=SimpleNamespace(higher_is_better=True))
+    line = SimpleNamespace(engine=engine, store=store, task=task, progress=Progress())
+    rule = twin.TwinRule(line, TwinConfig(min_speedup=1.02, max_drop=0.01), 1, {}, value)
+    return rule.settle(step, forms[0], {})
+
+
+def numbered(step: Any, form: Any, versions: Any, released: tuple[str, ...] = ()) -> Any:
+    return SimpleNamespace(digest=" ".join([step.name, form.name, *released]))
+
+
+def test_another_form_is_tried_before_attention_goes_back() -> None:
+    """INT8 attention may be wrong beside float32 and right beside bfloat16, as OpenVINO's is with AMX."""
+    times = {"int8 fp32": 0.3, "int8 bf16": 0.4, "int8 fp32 attention": 0.5, "int8 bf16 attention": 0.6}
+
+    def value(step: Any, engine: Any) -> float:
+        return 0.1 if engine.artifact.digest == "int8 fp32" else 0.9
+
+    settled = settle([stood_in("fp32"), stood_in("bf16")], numbered, value, lambda: times)
+    assert (settled.shipped, settled.engine.artifact.digest) == ("int8", "int8 bf16")
+    times["int8 bf16"] = 0.99  # right, but no faster than the twin
+    settled = settle([stood_in("fp32"), stood_in("bf16")], numbered, value, lambda: times)
+    assert settled.engine.artifact.digest == "int8 fp32 attention"
+    assert "more accurate so" in settled.reason
+
+
+def test_without_an_accurate_form_groups_go_back_from_the_nearest_one() -> None:
+    times = {"int8 fp32": 0.3, "int8 fp32 attention": 0.5, "int8 fp32 attention block": 0.7}
+    right = {"float fp32", "int8 fp32 attention block"}
+
+    def value(step: Any, engine: Any) -> float:
+        return 0.9 if engine.artifact.digest in right else 0.1
+
+    settled = settle([stood_in()], numbered, value, lambda: times, {"block": ["block"]})
+    assert (settled.shipped, list(settled.backed_off)) == ("mixed", ["block"])
+    assert settled.engine.artifact.digest == "int8 fp32 attention block"
+
+    def unsteady(step: Any, form: Any, versions: Any, released: tuple[str, ...] = ()) -> Any:
+        if "block" in released:
+            raise UnsteadyError("asked one sample three times the engine gave different answers")
+        return numbered(step, form, versions, released)
+
+    settled = settle([stood_in()], unsteady, value, lambda: times, {"block": ["block"]})
+    assert (settled.shipped, settled.backed_off) == ("twin", {})
 
 
 def _rounded(path: Path) -> set[str]:

@@ -12,9 +12,11 @@ import tempfile
 from pathlib import Path
 
 from mmedge.doctor.finding import Finding, State
+from mmedge.targets.processor import VNNI, processor
 
 GIB = 1024**3
-_INT8_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
+_INT8_FLAGS = (*sorted(VNNI), "i8mm", "asimddp")
+OVERFLOWS = "without VNNI or AMX INT8 gains less, and products of 8-bit weights overflow"
 _SHOWN_FLAGS = ("avx2", "avx512f", *_INT8_FLAGS, "avx512_bf16", "amx_bf16", "bf16")
 _LITTLE_MEMORY_GIB, _LITTLE_DISK_GIB = 2, 5
 _HOT_C = 85.0  # a zone this warm is close to where the hardware slows down
@@ -30,17 +32,14 @@ def read(path: Path) -> str | None:
 
 def check_processor(root: Path = Path("/")) -> Finding:
     """Whether the processor multiplies 8-bit integers faster than floats."""
-    text = read(root / "proc/cpuinfo") or ""
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
-    flags = set((facts.get("flags") or facts.get("Features") or "").split())
+    name, flags = processor(root)
     if not flags:
         return Finding("processor", "absent", f"{platform.machine()}: /proc/cpuinfo tells no features")
-    name = facts.get("model name") or platform.machine()
     detail = f"{name}: {', '.join(flag for flag in _SHOWN_FLAGS if flag in flags) or 'none of the wide units'}"
     if flags.intersection(_INT8_FLAGS):
         return Finding("processor", "ok", detail)
-    fix = "compare INT8 with FP32 engines here before you ship INT8"
-    return Finding("processor", "warn", f"{detail}; without VNNI or AMX, INT8 gains little", fix)
+    fix = "lower INT8 networks on this machine, or for it: --target NAME:weight_bits=7"
+    return Finding("processor", "warn", f"{detail}; {OVERFLOWS}", fix)
 
 
 def check_clocks(root: Path = Path("/"), jetson: bool = False) -> Finding:

@@ -10,7 +10,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from mmedge.lower.passes import activation_pair, add_constant, constant, nodes, quantized_weight
+from mmedge.lower.passes import (
+    activation_pair,
+    add_constant,
+    constant,
+    insert_dequantize,
+    nodes,
+    quantized_weight,
+    with_integers,
+)
 from mmedge.tensors import Array
 
 MOST_STEPS = 2**30  # of a bias; as much is left for the sum of products, 2^16 of the largest ones
@@ -34,22 +42,16 @@ def int32_biases(model: ir.Model) -> None:
         smallest = np.abs(bias.astype(np.float64)) / x_scale / MOST_STEPS
         if (smallest > w_scale).any():
             old, w_scale = w_scale, np.maximum(w_scale, smallest).astype(w_scale.dtype)
-            node.replace_input_with(1, _coarser(model, weight, stored, old, w_scale))
+            coarser = _coarser(stored, old / w_scale, weight.attributes.get_int("axis", 1))
+            node.replace_input_with(1, with_integers(model, weight, coarser, w_scale, f"{node.name}/coarser"))
         if node.op_type == "Gemm":
             _quantize_bias(model, node, bias, x_scale.astype(np.float64) * w_scale)
 
 
-def _coarser(model: ir.Model, weight: ir.Node, stored: Array, old: Array, scale: Array) -> ir.Value:
-    """A weight with larger scales, its integers rounded to them: next to such a bias its products hardly count."""
-    integers, before, *zero = (value for value in weight.inputs if value is not None)
-    axis = weight.attributes.get_int("axis", 1)
-    ratio = (old / scale).reshape([-1 if i == axis else 1 for i in range(stored.ndim)])
-    inputs = [
-        add_constant(model, f"{integers.name}.coarser", np.rint(stored * ratio).astype(np.int8)),
-        add_constant(model, f"{before.name}.coarser", scale),
-        *zero,
-    ]
-    return _dequantized(model, weight, inputs, axis, f"{weight.name}/coarser")
+def _coarser(stored: Array, ratio: Array, axis: int) -> Array:
+    """The integers of a weight with larger scales: next to such a bias its products hardly count."""
+    shape = [-1 if i == axis else 1 for i in range(stored.ndim)]
+    return np.rint(stored * ratio.reshape(shape)).astype(np.int8)
 
 
 def _quantize_bias(model: ir.Model, gemm: ir.Node, bias: Array, scale: Array) -> None:
@@ -57,11 +59,4 @@ def _quantize_bias(model: ir.Model, gemm: ir.Node, bias: Array, scale: Array) ->
         add_constant(model, f"{gemm.name}.bias_int32", np.rint(bias / scale).astype(np.int32)),
         add_constant(model, f"{gemm.name}.bias_scale", scale.astype(np.float32)),
     ]
-    gemm.replace_input_with(2, _dequantized(model, gemm, inputs, 0, f"{gemm.name}/bias"))
-
-
-def _dequantized(model: ir.Model, before: ir.Node, inputs: list[ir.Value], axis: int, name: str) -> ir.Value:
-    dequantize = ir.node("DequantizeLinear", inputs, attributes={"axis": axis}, name=name)
-    dequantize.outputs[0].name = name
-    model.graph.insert_before(before, dequantize)
-    return dequantize.outputs[0]
+    gemm.replace_input_with(2, insert_dequantize(model, gemm, inputs, {"axis": 0}, f"{gemm.name}/bias"))

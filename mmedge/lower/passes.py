@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -70,6 +70,31 @@ def add_constant(model: ir.Model, name: str, array: Array) -> ir.Value:
     value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
     model.graph.initializers.add(value)
     return value
+
+
+def with_integers(model: ir.Model, weight: ir.Node, integers: Array, scale: Array, name: str) -> ir.Value:
+    """A quantized weight with other integers and scales, beside the one it is made from.
+
+    Args:
+        model: what holds it.
+        weight: its DequantizeLinear.
+        integers: int8, of the same shape.
+        scale: of the same shape as the old one.
+        name: of the new DequantizeLinear.
+    """
+    zero = [value for value in weight.inputs[2:] if value is not None]
+    inputs = [add_constant(model, f"{name}.weight", integers), add_constant(model, f"{name}.scale", scale), *zero]
+    return insert_dequantize(model, weight, inputs, {"axis": weight.attributes.get_int("axis", 1)}, name)
+
+
+def insert_dequantize(
+    model: ir.Model, before: ir.Node, inputs: Sequence[ir.Value], attributes: Mapping[str, int], name: str
+) -> ir.Value:
+    """What a new DequantizeLinear right before another node makes."""
+    dequantize = ir.node("DequantizeLinear", inputs, attributes=attributes, name=name)
+    dequantize.outputs[0].name = name
+    model.graph.insert_before(before, dequantize)
+    return dequantize.outputs[0]
 
 
 def nodes(model: ir.Model, *kinds: str) -> Iterator[ir.Node]:
@@ -174,14 +199,60 @@ def drop_idle_pairs(model: ir.Model, keep_convolutions: bool) -> None:
             continue
         if keep_convolutions and ends_int8_convolution(source):
             continue
-        for dequantize in pairs:
-            if dequantize.outputs[0].is_graph_output():  # which keeps its name
-                same = ir.node("Identity", [source], name=f"{dequantize.name}/Identity")
-                replace(model, dequantize, same)
-            else:
-                dequantize.outputs[0].replace_all_uses_with(source)
-                model.graph.remove(dequantize, safe=True)
-        model.graph.remove(quantize, safe=True)  # or what stands before would take it for a reader
+        _take_away(model, quantize)
+
+
+def _take_away(model: ir.Model, quantize: ir.Node) -> None:
+    """Let what reads a pair read what it was made from."""
+    source = quantize.inputs[0]
+    for dequantize in [use.node for use in quantize.outputs[0].uses()]:
+        if dequantize.outputs[0].is_graph_output():  # which keeps its name
+            replace(model, dequantize, ir.node("Identity", [source], name=f"{dequantize.name}/Identity"))
+        else:
+            dequantize.outputs[0].replace_all_uses_with(source)  # type: ignore[arg-type]
+            model.graph.remove(dequantize, safe=True)
+    model.graph.remove(quantize, safe=True)  # or what stands before would take it for a reader
+
+
+def quantize_no_reductions(model: ir.Model, but: Literal["means", "pixels"]) -> None:
+    """Take away pairs right behind reductions over an axis, and give what reads them float weights.
+
+    OpenVINO 2026.4 computes such a pair inside of the reduction, on a processor with AVX2 wrongly: every maximum, and
+    means over tokens of what a layer with one scale per channel gives. Means over pixels are right.
+
+    Args:
+        model: a Q/DQ graph.
+        but: what keeps its pair: means and sums, or only those over pixels.
+    """
+    for quantize in nodes(model, "QuantizeLinear"):
+        made = producer(quantize.inputs[0])
+        while made is not None and made.op_type in {*MOVING, "Relu", "Clip"}:
+            made = producer(made.inputs[0])
+        if made is None or not made.op_type.startswith("Reduce"):
+            continue
+        if made.op_type in ("ReduceMean", "ReduceSum") and (but == "means" or _is_over_pixels(made)):
+            continue
+        for node in list(_readers(quantize)):
+            if node.op_type in WEIGHTED and quantized_weight(node.inputs[1]) is not None:
+                give_float_weight(model, node)
+        _take_away(model, quantize)
+
+
+def _is_over_pixels(reduction: ir.Node) -> bool:
+    axes = constant(reduction.inputs[1]) if len(reduction.inputs) > 1 else None
+    return axes is not None and ({*axes.tolist()} == {-1, -2} or min(axes.tolist()) >= 2)
+
+
+def give_float_weight(model: ir.Model, node: ir.Node) -> None:
+    """Make the INT8 weight of a layer a float one."""
+    weight = quantized_weight(node.inputs[1])
+    array, scale = (constant(value) for value in weight.inputs[:2]) if weight is not None else (None, None)
+    if weight is None or array is None or scale is None:
+        return
+    axis = weight.attributes.get_int("axis", 1)
+    shape = [-1 if each == axis else 1 for each in range(array.ndim)] if scale.ndim else []
+    values = (array * scale.reshape(shape)).astype(scale.dtype)
+    node.replace_input_with(1, add_constant(model, f"{node.name}.float", values))
 
 
 def is_quantized(value: ir.Value, through: Collection[str]) -> bool:
@@ -270,7 +341,7 @@ def keep_sums_unquantized(model: ir.Model) -> None:
                 break
 
 
-def unsigned_activations(model: ir.Model, of: Literal["all", "convolutions"]) -> None:
+def unsigned_activations(model: ir.Model, of: Literal["all", "convolutions"]) -> set[ir.Node]:
     """Shift activations from int8 with zero point 0 to uint8: the same integers plus 128.
 
     After a ReLU nothing is negative, so there the zero point becomes 0: the integers stay, and the runtime can drop the
@@ -280,8 +351,12 @@ def unsigned_activations(model: ir.Model, of: Literal["all", "convolutions"]) ->
         model: a Q/DQ graph.
         of: ``all`` layers; or ``convolutions``, which leaves out what only matrix products read, and what would get the
             zero point 128 and goes into a transposed convolution: OpenVINO 2026.4 runs that in INT8 only with 0.
+
+    Returns:
+        The QuantizeLinear nodes that got the zero point 0: what they give is at most 127 within the calibrated range.
     """
     zero_points: dict[tuple[int, bool], ir.Value] = {}
+    behind_relu: set[ir.Node] = set()
     for quantize in nodes(model, "QuantizeLinear"):
         zero = constant(quantize.inputs[2]) if len(quantize.inputs) > 2 else None
         if zero is None or zero.dtype != np.int8 or zero.any():
@@ -298,6 +373,9 @@ def unsigned_activations(model: ir.Model, of: Literal["all", "convolutions"]) ->
         quantize.outputs[0].dtype = ir.DataType.UINT8
         for use in list(quantize.outputs[0].uses()):
             use.node.replace_input_with(2, zero_points[key])
+        if rectified:
+            behind_relu.add(quantize)
+    return behind_relu
 
 
 def _is_rectified(value: ir.Value | None) -> bool:

@@ -12,6 +12,7 @@ from mmedge.lower import attention, passes
 from mmedge.lower.guard import guard_averages, guard_float_layers
 from mmedge.lower.half import to_float16
 from mmedge.lower.int32_bias import int32_biases
+from mmedge.lower.narrow import narrow_weights
 from mmedge.lower.onnxruntime_ops import integer_products
 from mmedge.lower.projections import merge_projections
 from mmedge.lower.subpixel import without_transposed
@@ -20,7 +21,7 @@ from mmedge.tensors import Array
 
 INLINE_LIMIT = 1_500_000_000  # bytes; a protobuf message ends at 2 GiB
 LARGE_TENSOR = 1 << 16  # bytes; smaller ones, all scales among them, stay in the graph
-VERSION = 10  # raise it when a pass changes: cached engines expire
+VERSION = 11  # raise it when a pass changes: cached engines expire
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,13 @@ def _integers(graph: ir.Model, lowering: Lowering) -> None:
     if not lowering.transposed_convolutions:
         without_transposed(graph)
     passes.drop_idle_pairs(graph, keep_convolutions=lowering.quantized_outputs == "all")
+    if lowering.quantized_reductions != "all":
+        passes.quantize_no_reductions(graph, but=lowering.quantized_reductions)
+    behind_relu = set()
     if lowering.unsigned_activations:
-        passes.unsigned_activations(graph, lowering.unsigned_activations)
+        behind_relu = passes.unsigned_activations(graph, lowering.unsigned_activations)
+    if lowering.weight_bits == 7:
+        narrow_weights(graph, behind_relu)
     if not lowering.weight_zero_points:
         passes.drop_weight_zero_points(graph)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from mmedge.lower.passes import activation_pair, add_constant, constant, nodes, quantized_weight
+from mmedge.lower.passes import activation_pair, add_constant, constant, give_float_weight, nodes, quantized_weight
 from mmedge.tensors import Array
 
 
@@ -44,7 +44,7 @@ def without_transposed(model: ir.Model) -> None:
         if axes is not None and end is not None and activation_pair(node.inputs[0]) is not None:
             _rewrite(model, node, weight, axes, end)
         else:
-            _in_floating_point(model, node, weight)
+            give_float_weight(model, node)  # ONNX Runtime would compute a DequantizeLinear in every query
 
 
 def _arrays(weight: ir.Node) -> list[Array]:
@@ -128,11 +128,3 @@ def _in_place(model: ir.Model, quantize: ir.Node, stride: int) -> None:
     for use in readers:
         use.node.replace_input_with(use.idx, again.outputs[0])
     model.graph.insert_after(quantize, [apart, moved, again])
-
-
-def _in_floating_point(model: ir.Model, node: ir.Node, weight: ir.Node) -> None:
-    """Float weights: ONNX Runtime would compute a DequantizeLinear in every query."""
-    array, scales, *_ = _arrays(weight)
-    shape = [-1 if axis == 1 else 1 for axis in range(array.ndim)]
-    values = (array * scales.reshape(shape)).astype(scales.dtype)
-    node.replace_input_with(1, add_constant(model, f"{node.name}.float", values))

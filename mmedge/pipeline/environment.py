@@ -7,24 +7,17 @@ import shutil
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from mmedge import __version__
 from mmedge.pipeline.folder import processors
 from mmedge.report.model import Environment
+from mmedge.targets.processor import processor
 
 
 @cache
 def cpu_name() -> str:
     """The processor's name and what it offers for INT8 and bfloat16."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    facts = {key.strip(): value.strip() for key, value in lines.items()}
-    name = facts.get("model name") or platform.machine()
-    flags = set(facts.get("flags", "").split())
+    name, flags = processor()
     units = [
         unit for unit in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8") if unit in flags
     ]

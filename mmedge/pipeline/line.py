@@ -258,6 +258,8 @@ class Line:
             kept = ("inputs", "outputs", "cache")
             names: dict[str, Any] = {key: portable.about[key] for key in kept if key in portable.about}
             names["batch"] = self.batch
+            if step.form == "qdq":
+                names["weight_bits"] = lowering.weight_bits
             part = {"component": piece.name} if piece else {}
             described = {**names, **target.describe(lowered, self.batch)}
             write_description(lowered, described)

@@ -25,12 +25,15 @@ class Lowering:
         format: ``onnx``, or ``pt2`` for a torch.export archive.
         unsigned_activations: quantize activations to uint8 (zero point 128, or 0 after a ReLU) instead of int8: all, or
             only those that are not read by matrix products alone, and by transposed convolutions only after a ReLU.
+        weight_bits: of INT8 weights: 8, or 7 so that no sum of two products overflows an int16.
         weight_zero_points: write the zero points of INT8 weights, which are 0, rather than leave them out.
         integer_attention: run the products of attention (scores, and weights with values) in INT8 too.
         transposed_keys: hand attention its keys transposed, as a plain product needs them, rather than as they lie.
         merged_projections: make queries, keys and values of an attention in INT8 by one product.
         quantized_outputs: quantize what INT8 convolutions give: all of it, or what goes into residual sums, whose skip
             connections are quantized anyway.
+        quantized_reductions: of reductions over an axis that INT8 layers read, which are quantized: all, means and
+            sums, or only those over pixels.
         transposed_convolutions: leave INT8 transposed convolutions as they are, rather than make plain ones of them.
         int32_bias: make biases of INT8 layers fit into int32, and give Gemm such a one behind its own DequantizeLinear.
         guarded: keep the runtime from quantizing layers with float weights between INT8 ones, and from averaging
@@ -42,11 +45,13 @@ class Lowering:
 
     format: Format = "onnx"
     unsigned_activations: Literal["all", "convolutions"] | None = None
+    weight_bits: Literal[7, 8] = 8
     weight_zero_points: bool = True
     integer_attention: bool = False
     transposed_keys: bool = True
     merged_projections: bool = False
     quantized_outputs: Literal["all", "sums"] | None = None
+    quantized_reductions: Literal["all", "means", "pixels"] = "all"
     transposed_convolutions: bool = True
     int32_bias: bool = False
     guarded: bool = False

@@ -6,6 +6,7 @@
 - ``outputs``: names,
 - ``cache``: of one step of a decoder, how it is fed (``mmedge.targets.decoding.Cache``),
 - ``batch``: ``min``, ``opt`` and ``max`` of the recipe,
+- ``weight_bits``: of INT8 weights, where there are any,
 - and what the target's own ``describe`` added (names of weighted layers, opset …).
 """
 

@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ from mmedge.targets.base import Build, Coverage, Lowering, Runner, Target
 from mmedge.targets.checked import checked, in_batches, reported
 from mmedge.targets.lowered import described
 from mmedge.targets.onnx_graph import OPERANDS, Graph, attribute, label, onnx_version, place, read_graph
+from mmedge.targets.processor import fitting_bits, overflow
 from mmedge.targets.tensorrt.gpu import compute_capability
 from mmedge.tensors import Array
 
@@ -98,9 +100,11 @@ class OnnxRuntime(Target):
     Args:
         provider: what runs the graph; nodes that a TensorRT provider refuses go to CUDA (``tensorrt``) or the CPU.
         half: compute in float16 what is not INT8; not on the CPU.
+        weight_bits: of INT8 weights on the CPU: 7 for processors that would overflow (x86 without VNNI), else 8; None:
+            as this machine needs it.
 
     Raises:
-        UsageError: float16 is asked of the CPU.
+        UsageError: float16 is asked of the CPU, or 7 bits of a GPU.
     """
 
     name = "onnxruntime"
@@ -115,14 +119,20 @@ class OnnxRuntime(Target):
         half_scales=False,  # its integer operators on processors know float32 alone
     )
 
-    def __init__(self, provider: Provider = "cpu", half: bool = False) -> None:
+    def __init__(
+        self, provider: Provider = "cpu", half: bool = False, weight_bits: Literal[7, 8] | None = None
+    ) -> None:
         self.provider, self.half = provider, half
         self.built_on_device = provider != "cpu"
         if provider != "cpu":
             self.lowering = Lowering(float_type="float16" if half else "float32")
+            if weight_bits == 7:
+                raise UsageError("weights of 7 bits are for processors", where=self.name, fix="leave weight_bits out")
         elif half:
             fix = f"choose a provider for it: {', '.join(each for each in PROVIDERS if each != 'cpu')}"
             raise UsageError("ONNX Runtime computes no faster in float16 on a CPU", where=self.name, fix=fix)
+        else:
+            self.lowering = replace(self.lowering, weight_bits=weight_bits or fitting_bits())
 
     def forms(self) -> list[Target]:
         """On a GPU float32 and float16: an INT8 engine with float32 between its layers is no match for float16."""
@@ -190,6 +200,8 @@ class OnnxRuntime(Target):
             kernels = Counter(node.op_type for node in optimized.graph.node)
             facts["kernels"] = dict(sorted(kernels.items()))
             coverage = _coverage(read_graph(kept), optimized)
+            if self.provider == "cpu":
+                facts |= overflow(model, self.progress)
         facts["engine_bytes"] = sum(file.stat().st_size for file in folder.iterdir())
         return Build(coverage, facts)
 

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from mmedge.targets.base import MERGED, Build, Coverage, Lowering, Runner, Targe
 from mmedge.targets.checked import checked, in_batches, reported
 from mmedge.targets.lowered import described
 from mmedge.targets.onnx_graph import label, place, read_graph
+from mmedge.targets.processor import fitting_bits, overflow
 from mmedge.tensors import Array
 
 MODEL = "model.onnx"
@@ -39,10 +41,17 @@ _SPLIT_OFF = ("/WithoutBiases", "/DequantizationMultiply", "/DequantizationSubtr
 
 
 class OpenVino(Target):
-    """OpenVINO's CPU plugin: x86 and ARM."""
+    """OpenVINO's CPU plugin: x86 and ARM.
+
+    Args:
+        precision: of what is not INT8.
+        weight_bits: of INT8 weights: 7 for processors that would overflow (x86 without VNNI), else 8; None: as this
+            machine needs it. With 7, products of attention stay in floating point, which have no weights to narrow, and
+            layers right behind a mean over tokens, which OpenVINO gets wrong on such a processor.
+    """
 
     name = "openvino"
-    version = 4
+    version = 5
     lowering = Lowering(
         unsigned_activations="convolutions",
         weight_zero_points=False,
@@ -50,10 +59,16 @@ class OpenVino(Target):
         transposed_keys=False,
         merged_projections=True,
         quantized_outputs="sums",
+        quantized_reductions="means",
     )
 
-    def __init__(self, precision: Literal["f32", "bf16"] = "f32") -> None:
+    def __init__(self, precision: Literal["f32", "bf16"] = "f32", weight_bits: Literal[7, 8] | None = None) -> None:
         self.precision = precision
+        bits = weight_bits or fitting_bits()
+        wide = bits == 8
+        self.lowering = replace(
+            self.lowering, weight_bits=bits, integer_attention=wide, quantized_reductions="means" if wide else "pixels"
+        )
 
     @property
     def float_name(self) -> Literal["fp32", "bf16", "fp16"]:
@@ -63,7 +78,7 @@ class OpenVino(Target):
     def forms(self) -> list[Target]:
         """float32, and bfloat16 where the processor multiplies it."""
         native = "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        return [self, OpenVino("bf16")] if native else [self]
+        return [self, OpenVino("bf16", self.lowering.weight_bits)] if native else [self]
 
     def options(self) -> dict[str, Any]:
         """See ``Target.options``."""
@@ -100,6 +115,7 @@ class OpenVino(Target):
             "versions": versions,
             "engine_bytes": sum(file.stat().st_size for file in folder.iterdir()),
             "kernels": dict(sorted(kernels.items())),
+            **overflow(model, self.progress),
         }
         coverage = _coverage(nodes, {node.friendly_name: node for node in read.get_ordered_ops()})
         about = described(model) or self.describe(model, {})
