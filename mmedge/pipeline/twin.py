@@ -92,6 +92,9 @@ class TwinRule:
     def settle(self, step: Step, target: Target, versions: Mapping[str, str]) -> Settled:
         """Decide what is shipped of ``step``, a Q/DQ network, on ``target``."""
         parent = step.float_ancestor()
+        if target.lowering.weight_bits == 7:
+            cause = "products of 8-bit ones overflow on processors without VNNI"
+            self.line.progress.say(f"{step.name} on {target.name}: weights keep 7 bits: {cause}")
         forms = target.forms()
         if why := target.cannot_run():
             unjudged = [self._int8(step, form, versions) for form in forms]
@@ -238,6 +241,7 @@ class _Search:
         return (
             f"{speedup:.2f}x the speed of its {self.twin.float_name} twin (at least {rule.min_speedup:.2f}x), "
             f"drop {drop:.4f} (at most {rule.max_drop:.4f})"
+            + (", weights of 7 bits" if self.int8.target.lowering.weight_bits == 7 else "")
             + (f", attention's products in floating point: {self.gain} so" if self.int8.released else "")
         )
 
