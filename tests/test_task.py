@@ -105,7 +105,14 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_good_task_passes(check: Check) -> None:
     outcome = check()
     assert (outcome.status, outcome.err) == (0, "")
-    assert json.loads(outcome.out) == {"task": "tiny", "samples": {"test": 12, "calibration": 12, "train": 12}}
+    samples = {"test": 12, "calibration": 12, "train": 12}
+    assert json.loads(outcome.out) == {"task": "tiny", "untrainable": None, "samples": samples}
+
+
+def test_a_loss_without_a_gradient_is_good_for_what_does_not_train(check: Check) -> None:
+    outcome = check("], targets)", "], targets).detach()")
+    assert outcome.status == 0
+    assert "task tiny: loss: it has no gradient" in json.loads(outcome.out)["untrainable"]
 
 
 @pytest.mark.parametrize(

@@ -110,13 +110,14 @@ def task_check(spec: str, as_json: bool, quiet: bool, verbose: bool) -> None:
     from mmedge import plugins
     from mmedge.cli.console import progress_for
     from mmedge.loading import load_task
-    from mmedge.pipeline.check import check_export, check_model, check_repeatable, check_splits
+    from mmedge.pipeline.check import check_export, check_model, check_repeatable, check_splits, untrainable
 
     progress = progress_for(quiet)
     found = load_task(spec, plugins.loaders("task"))
     done: dict[str, Any] = {"task": found.name}
     progress.say("model: weights, outputs, loss, metric")
     check_model(found)
+    done["untrainable"] = untrainable(found)
     progress.say("data: every batch of every split")
     check_repeatable(found)
     done["samples"] = check_splits(found, None)
@@ -124,6 +125,8 @@ def task_check(spec: str, as_json: bool, quiet: bool, verbose: bool) -> None:
     check_export(found)
     counts = ", ".join(f"{name} {count:,}" for name, count in done["samples"].items())
     click.echo(json.dumps(done) if as_json else f"{found.name}: good ({counts} samples)")
+    if done["untrainable"] and not as_json:
+        click.echo(f"good for stages that do not train; others will refuse it: {done['untrainable']}")
 
 
 @click.group()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from mmedge.errors import MmedgeError, TargetError, TaskError
+from mmedge.errors import MmedgeError, StageError, TargetError, TaskError
 from mmedge.stages.base import Network, as_tensor, as_tensors, outputs_of
 from mmedge.task import SPLITS, Batch, Split, Task
 from mmedge.tensors import DTYPES, Array
@@ -145,6 +145,18 @@ def _check_loss(task: Task, outputs: Mapping[str, torch.Tensor], batch: Batch) -
         raise TaskError("did not return one number as a tensor", where=where, fix="return a scalar tensor")
     if not loss.isfinite():
         raise TaskError(f"is {float(loss)} on the trained model", where=where, fix="check the targets")
+
+
+def untrainable(task: Task) -> str | None:
+    """Why stages that train will refuse the task's own loss, None where they take it."""
+    from mmedge.stages.distillation.student import check_gradient
+
+    batch = task.example()
+    try:
+        check_gradient(task, _forward(task, batch), as_tensor(batch.targets))
+    except StageError as err:
+        return str(err)
+    return None
 
 
 def check_splits(task: Task, limit: int | None) -> dict[str, int]:
