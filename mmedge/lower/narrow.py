@@ -40,7 +40,7 @@ def narrow_weights(model: ir.Model, at_most_127: Collection[ir.Node]) -> None:
     narrow: dict[ir.Node, ir.Value] = {}  # a weight may have several readers
     for node in nodes(model, *WEIGHTED):
         weight = quantized_weight(node.inputs[1])
-        if weight is None or _is_depthwise(node) or _is_made_by(at_most_127, node.inputs[0]):
+        if weight is None or _is_depthwise(node, weight) or _is_made_by(at_most_127, node.inputs[0]):
             continue
         if weight not in narrow:
             narrow[weight] = _narrow(model, weight)
@@ -76,11 +76,12 @@ def _rounded(channels: Array, ratio: Array) -> Array:
     return integers.reshape(channels.shape)
 
 
-def _is_depthwise(node: ir.Node) -> bool:
+def _is_depthwise(node: ir.Node, weight: ir.Node) -> bool:
     """Of two dimensions, with one channel out for each one in."""
-    weight = constant(producer(node.inputs[1]).inputs[0])  # type: ignore[union-attr]
-    assert weight is not None
-    return node.op_type == "Conv" and weight.ndim == 4 and weight.shape[:2] == (node.attributes.get_int("group", 1), 1)
+    stored = constant(weight.inputs[0])
+    if node.op_type != "Conv" or stored is None or stored.ndim != 4:
+        return False
+    return stored.shape[:2] == (node.attributes.get_int("group", 1), 1)
 
 
 def _is_made_by(quantizers: Collection[ir.Node], value: ir.Value | None) -> bool:
