@@ -35,7 +35,8 @@ def narrow_weights(model: ir.Model, at_most_127: Collection[ir.Node]) -> None:
     Args:
         model: a Q/DQ graph.
         at_most_127: QuantizeLinear nodes of unsigned activations; weights that these are multiplied with stay as well.
-            Signed ones are no such: runtimes add 128 to them.
+            Beyond the calibrated range they give up to 255, and two such beside each other may still be clipped, as
+            signed integers would clip each. Signed ones are no such nodes: runtimes add 128 to them.
     """
     narrow: dict[ir.Node, ir.Value] = {}  # a weight may have several readers
     for node in nodes(model, *WEIGHTED):

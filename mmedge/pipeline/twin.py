@@ -117,9 +117,9 @@ class TwinRule:
     ) -> _Search:
         """The search, begun with the fastest engine that is accurate enough.
 
-        Forms may differ: on a processor with AMX OpenVINO 2026.4 gets INT8 attention wrong beside float32, not beside
-        bfloat16. Where no engine is accurate enough and faster than the twin, with attention in floating point: that
-        is the nearest to it.
+        Forms may differ: on a processor with AMX OpenVINO 2026.4 got INT8 attention wrong beside float32, and right
+        beside bfloat16 on the one sample that was compared. Where no engine is accurate enough and faster than the
+        twin, the search begins with attention in floating point: that is the nearest to it.
         """
         left = [*whole, *plain]
         while left and search.drop(search.int8) > self.rule.max_drop:
