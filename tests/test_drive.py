@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import mmedge
 from families import blank as knowing_nothing
 from families import context_of, cosine
+from procedural import assert_passes_its_check
 from safetensors.torch import load, save
 from torch import nn
 
@@ -194,12 +194,7 @@ def test_it_is_small_and_its_student_smaller(tasks, fusion: str) -> None:
 
 
 def test_it_passes_its_own_check(monkeypatch, capsys) -> None:
-    for split in data.SAMPLES:
-        monkeypatch.setitem(data.SAMPLES, split, 128)
-    outcome = mmedge(monkeypatch, capsys, "task", "check", "mmedge.tasks.drive:task", "--json", "-q")
-    assert (outcome.status, outcome.err) == (0, "")
-    samples = {"test": 128, "calibration": 128, "train": 128}
-    assert json.loads(outcome.out) == {"task": "drive", "untrainable": None, "samples": samples}
+    assert_passes_its_check(drive, monkeypatch, capsys)
 
 
 def test_the_three_are_told_apart(tasks) -> None:

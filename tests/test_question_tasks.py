@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from importlib.resources import files
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import mmedge
+from procedural import assert_passes_its_check
 from safetensors.torch import load_file
 from test_scenes import answered, told
 
@@ -248,14 +247,7 @@ def test_its_graph_gives_the_same_answers(name: str, tasks: dict[str, Task], tmp
 
 @each_package
 def test_it_passes_its_own_check(package, monkeypatch, capsys) -> None:
-    """``mmedge task check`` reads every split, here cut short, and exports with a free batch size."""
-    for split in package.data.SAMPLES:
-        monkeypatch.setitem(package.data.SAMPLES, split, 128)
-    name = package.__name__.rpartition(".")[2]
-    outcome = mmedge(monkeypatch, capsys, "task", "check", f"{package.__name__}:task", "--json", "-q")
-    assert (outcome.status, outcome.err) == (0, "")
-    samples = {"test": 128, "calibration": 128, "train": 128}
-    assert json.loads(outcome.out) == {"task": name, "untrainable": None, "samples": samples}
+    assert_passes_its_check(package, monkeypatch, capsys)
 
 
 # How they are trained

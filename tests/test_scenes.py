@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from importlib.resources import files
 from itertools import islice
@@ -10,7 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from command import mmedge
+from procedural import assert_passes_its_check
 
 from mmedge.stages.base import as_tensors
 from mmedge.stages.structure import count
@@ -275,14 +274,7 @@ def test_the_student_fits_the_task_and_is_smaller(name: str, times: int, request
 
 @each_task
 def test_it_passes_its_own_check(package, monkeypatch, capsys) -> None:
-    """``mmedge task check`` reads every split, here cut short, and exports with a free batch size."""
-    for split in package.data.SAMPLES:
-        monkeypatch.setitem(package.data.SAMPLES, split, 256)
-    name = package.__name__.rpartition(".")[2]
-    outcome = mmedge(monkeypatch, capsys, "task", "check", f"{package.__name__}:task", "--json", "-q")
-    assert (outcome.status, outcome.err) == (0, "")
-    samples = {"test": 256, "calibration": 256, "train": 256}
-    assert json.loads(outcome.out) == {"task": name, "untrainable": None, "samples": samples}
+    assert_passes_its_check(package, monkeypatch, capsys, samples=256)
 
 
 @pytest.mark.parametrize(
