@@ -38,6 +38,32 @@ class ConvTokens(nn.Module):
         return self.project(self.layers(x).flatten(2).transpose(1, 2)) + self.position
 
 
+def sinusoids(edge: int, dim: int) -> Tensor:
+    """Where learned position embeddings start, ``(1, edge * edge, dim)``: sines and cosines of row and column.
+
+    Neighbours begin alike, which spares the training to find out which patches touch (Vaswani et al., 2017, in two
+    dimensions).
+    """
+    rate = torch.pi / 2 ** (torch.arange(dim // 4) * 4 / (dim // 4))
+    angle = torch.arange(edge)[:, None] * rate
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)
+    rows, columns = wave[:, None].expand(-1, edge, -1), wave[None].expand(edge, -1, -1)
+    return 0.5 * torch.cat([rows, columns], dim=2).reshape(1, edge * edge, dim)
+
+
+class Patches(nn.Module):
+    """``(batch, 3, size, size)`` to one token per patch of so many pixels a side, ``(batch, patches, dim)``."""
+
+    def __init__(self, dim: int, patch: int, size: int = 80) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(3, dim, patch, patch)
+        self.position = nn.Parameter(sinusoids(size // patch, dim))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The tokens, row by row."""
+        return self.project(image).flatten(2).transpose(1, 2) + self.position
+
+
 class Words(nn.Module):
     """Tokens ``(batch, length)`` to ``(batch, length, dim)``, with where they stand."""
 
@@ -94,10 +120,10 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer layer; keeps the shape ``(batch, tokens, dim)``."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: int = 2) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: int = 4, attention: type[Attention] = Attention) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attention = Attention(dim, num_heads)
+        self.attention = attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, dim * mlp_ratio)
 

@@ -8,67 +8,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmedge.tasks import layers
+from mmedge.tasks.layers import Block, Mlp
 
-class Attention(nn.Module):
-    """Multi-head attention of ``x`` ``(batch, n, dim)`` over ``context`` ``(batch, m, dim)``."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
+class Attention(layers.Attention):
+    """With its products written out, as many networks have them."""
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         query, key, value = self.split(self.query(x)), self.split(self.key(context)), self.split(self.value(context))
-        weights = torch.softmax(query @ key.transpose(-2, -1) * self.head_dim**-0.5, dim=-1)
-        return self.out((weights @ value).transpose(1, 2).flatten(2))
-
-    def split(self, x: Tensor) -> Tensor:
-        """``(batch, n, heads * head_dim)`` to ``(batch, heads, n, head_dim)``."""
-        return x.view(x.shape[0], x.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
-
-
-class Mlp(nn.Module):
-    """The feed-forward half of a transformer layer."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(dim, hidden)
-        self.down = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
-
-
-class SelfBlock(nn.Module):
-    """A pre-norm transformer layer; keeps the shape ``(batch, tokens, dim)``."""
-
-    def __init__(self, dim: int, num_heads: int, hidden: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attention = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(x)
-        x = x + self.attention(y, y)
-        return x + self.mlp(self.norm2(x))
+        scores = query @ key.transpose(-2, -1) * self.head_dim**-0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return self.out((torch.softmax(scores, dim=-1) @ value).transpose(1, 2).flatten(2))
 
 
 class CrossBlock(nn.Module):
     """A transformer layer whose queries come from one modality and whose context from the other."""
 
-    def __init__(self, dim: int, num_heads: int, hidden: int) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.norm_context = nn.LayerNorm(dim)
         self.attention = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, hidden)
+        self.mlp = Mlp(dim, dim * mlp_ratio)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x), self.norm_context(context))
@@ -130,9 +94,9 @@ class AvDigits(nn.Module):
         super().__init__()
         self.image = Tower(image_widths, blocks, dim, tokens=64, stem_stride=1)
         self.audio = Tower(audio_widths, blocks, dim, tokens=40, stem_stride=2)
-        self.image_to_audio = CrossBlock(dim, num_heads, dim * mlp_ratio)
-        self.audio_to_image = CrossBlock(dim, num_heads, dim * mlp_ratio)
-        self.layers = nn.Sequential(*(SelfBlock(dim, num_heads, dim * mlp_ratio) for _ in range(depth)))
+        self.image_to_audio = CrossBlock(dim, num_heads, mlp_ratio)
+        self.audio_to_image = CrossBlock(dim, num_heads, mlp_ratio)
+        self.layers = nn.Sequential(*(Block(dim, num_heads, mlp_ratio, Attention) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, 10)
 

@@ -27,7 +27,7 @@ class AvQa(nn.Module):
         self.text = Words(vocabulary, length, dim)
         self.modality = nn.Parameter(0.1 * torch.randn(3, dim))
         self.summary = nn.Parameter(0.1 * torch.randn(1, 1, dim))
-        self.fusion = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.fusion = nn.ModuleList(Block(dim, num_heads, mlp_ratio=2) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, answers)
 

@@ -6,36 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mmedge.tasks.scene_vqa.model import Block, Mlp, Words, sinusoids
+from mmedge.tasks.layers import Attention, Block, Mlp, Words, sinusoids
 
 STRIDE = 16  # pixels from one position to the next
-
-
-class Attention(nn.Module):
-    """Multi-head attention of ``x`` ``(batch, n, dim)`` over ``context`` ``(batch, m, dim)``.
-
-    ``mask`` is False where a token is not to be looked at, of a shape that broadcasts to ``(batch, heads, n, m)``.
-    """
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        query, key, value = self.split(self.query(x)), self.split(self.key(context)), self.split(self.value(context))
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-    def split(self, x: Tensor) -> Tensor:
-        """``(batch, n, heads * head_dim)`` to ``(batch, heads, n, head_dim)``."""
-        return x.view(x.shape[0], x.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
 
 
 class DecoderBlock(nn.Module):

@@ -25,7 +25,7 @@ class Vision(nn.Module):
         quarter, half = dim // 4, dim // 2
         layers = [convolution(3, quarter), convolution(quarter, half), convolution(half, dim), convolution(dim, dim)]
         self.tokens = ConvTokens(layers, TOKENS, dim)
-        self.block = Block(dim, num_heads)
+        self.block = Block(dim, num_heads, mlp_ratio=2)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Language(nn.Module):
         super().__init__()
         self.words = Words(vocabulary, length, dim)
         self.start = nn.Parameter(0.1 * torch.randn(1, 1, dim))
-        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio=2) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocabulary)
         earlier = torch.ones(1 + length, 1 + length, dtype=torch.bool).tril()

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmedge.tasks.scene_vqa.model import Block, Patches, Words
+from mmedge.tasks.layers import Block, Patches, Words
+
+PATCH = 8  # pixels
 
 
 class ImageTower(nn.Module):
@@ -20,7 +22,7 @@ class ImageTower(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, depth: int, embedding: int) -> None:
         super().__init__()
-        self.patches = Patches(dim)
+        self.patches = Patches(dim, PATCH)
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.weigh = nn.Linear(dim, 1)

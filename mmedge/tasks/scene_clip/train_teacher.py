@@ -33,8 +33,7 @@ from torch.nn import functional as F
 from mmedge.tasks import scenes
 from mmedge.tasks.scene_clip import TEMPERATURE, data, network
 from mmedge.tasks.scene_clip.data import NAMES, TYPES, Captions
-from mmedge.tasks.scene_clip.model import SceneClip
-from mmedge.tasks.scene_vqa.model import PATCH
+from mmedge.tasks.scene_clip.model import PATCH, SceneClip
 from mmedge.tasks.scene_vqa.train_teacher import (
     KEEP,
     MatmulAttention,

@@ -35,8 +35,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mmedge.tasks import scenes
+from mmedge.tasks.layers import Block
 from mmedge.tasks.scene_vqa import data, network
-from mmedge.tasks.scene_vqa.model import PATCH, Block, SceneVqa
+from mmedge.tasks.scene_vqa.model import PATCH, SceneVqa
 from mmedge.tasks.scenes import COLOURS, SHAPES, SIZES, Floats, Integers, Scenes
 
 BATCH = 32
