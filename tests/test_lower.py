@@ -382,7 +382,7 @@ def test_openvino_answers_the_same_each_time_with_learned_queries(tmp_path) -> N
 def test_weights_go_to_openvino_without_zero_points_and_signed_where_only_products_read(quantized, tmp_path) -> None:
     """With them it runs layers of a fixed batch in floating point, saying nothing."""
     _, portable = quantized
-    shape_for(portable, OpenVino().lowering, tmp_path / "model.onnx")
+    shape_for(portable, OpenVino(weight_bits=8).lowering, tmp_path / "model.onnx")
     for node in nodes(ir.load(tmp_path / "model.onnx"), "DequantizeLinear"):
         weight = constant(node.inputs[0])
         if weight is not None:

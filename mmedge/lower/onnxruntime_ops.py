@@ -12,6 +12,7 @@ from mmedge.lower.passes import (
     activation_pair,
     add_constant,
     constant,
+    is_plain,
     is_quantized,
     nodes,
     producer,
@@ -55,7 +56,7 @@ def _integers(model: ir.Model, product: ir.Node, bias: ir.Value | None) -> list[
     """The kernel's inputs, none where it does not fit."""
     pair, weight = activation_pair(product.inputs[0]), quantized_weight(product.inputs[1])
     array = constant(weight.inputs[0]) if weight is not None else None
-    if pair is None or weight is None or array is None or array.ndim != 2 or not _is_plain(product):
+    if pair is None or weight is None or array is None or array.ndim != 2 or not is_plain(product):
         return []
     integers, turned = weight.inputs[0], product.attributes.get_int("transB", 0) == 1
     if turned:
@@ -67,10 +68,3 @@ def _integers(model: ir.Model, product: ir.Node, bias: ir.Value | None) -> list[
     quantize, dequantize = pair
     scales, zeros = (dequantize.inputs[1], weight.inputs[1]), (dequantize.inputs[2], weight.inputs[2])
     return [quantize.outputs[0], integers, *scales, *zeros, *([bias] if bias is not None else [])]
-
-
-def _is_plain(product: ir.Node) -> bool:
-    """Whether a Gemm, or a MatMul, neither scales anything nor turns its input."""
-    attributes = product.attributes
-    scaled = any(attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta"))
-    return not scaled and not attributes.get_int("transA", 0)

@@ -133,6 +133,13 @@ def _transpose_weight(model: ir.Model, dequantize: ir.Node, permutation: list[in
     dequantize.attributes["axis"] = ir.AttrInt64("axis", permutation.index(axis))
 
 
+def is_plain(product: ir.Node) -> bool:
+    """Whether a Gemm, or a MatMul, neither scales anything nor turns its input."""
+    attributes = product.attributes
+    scaled = any(attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta"))
+    return not scaled and not attributes.get_int("transA", 0)
+
+
 def release(
     model: ir.Model,
     layers: Collection[str],
@@ -293,10 +300,11 @@ def _feeds_int8(dequantize: ir.Node) -> bool:
 
 def _is_integer_product(node: ir.Node) -> bool:
     """Whether both operands of a product are activations that come through pairs, moved at most."""
-    return node.op_type == "MatMul" and all(map(_is_moved_pair, node.inputs))
+    return node.op_type == "MatMul" and all(map(is_moved_pair, node.inputs))
 
 
-def _is_moved_pair(value: ir.Value | None) -> bool:
+def is_moved_pair(value: ir.Value | None) -> bool:
+    """Whether ``value`` comes through a pair, moved since at most."""
     while (node := producer(value, *MOVING)) is not None and node.op_type != "Concat":
         value = node.inputs[0]
     return activation_pair(value) is not None

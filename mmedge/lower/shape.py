@@ -14,6 +14,7 @@ from mmedge.lower.half import to_float16
 from mmedge.lower.int32_bias import int32_biases
 from mmedge.lower.narrow import narrow_weights
 from mmedge.lower.onnxruntime_ops import integer_products
+from mmedge.lower.pointwise import products_as_convolutions
 from mmedge.lower.projections import merge_projections
 from mmedge.lower.subpixel import without_transposed
 from mmedge.targets.base import Lowering
@@ -21,7 +22,7 @@ from mmedge.tensors import Array
 
 INLINE_LIMIT = 1_500_000_000  # bytes; a protobuf message ends at 2 GiB
 LARGE_TENSOR = 1 << 16  # bytes; smaller ones, all scales among them, stay in the graph
-VERSION = 11  # raise it when a pass changes: cached engines expire
+VERSION = 12  # raise it when a pass changes: cached engines expire
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def shape_for(
 
 
 def _integers(graph: ir.Model, lowering: Lowering) -> None:
+    if lowering.pointwise_products:
+        products_as_convolutions(graph)
     if lowering.quantized_outputs is None:
         passes.keep_sums_unquantized(graph)
     if not lowering.transposed_convolutions:

@@ -34,6 +34,7 @@ class Lowering:
             connections are quantized anyway.
         quantized_reductions: of reductions over an axis that INT8 layers read, which are quantized: all, means and
             sums, or only those over pixels.
+        pointwise_products: make INT8 matrix products with constant weights pointwise convolutions.
         transposed_convolutions: leave INT8 transposed convolutions as they are, rather than make plain ones of them.
         int32_bias: make biases of INT8 layers fit into int32, and give Gemm such a one behind its own DequantizeLinear.
         guarded: keep the runtime from quantizing layers with float weights between INT8 ones, and from averaging
@@ -52,6 +53,7 @@ class Lowering:
     merged_projections: bool = False
     quantized_outputs: Literal["all", "sums"] | None = None
     quantized_reductions: Literal["all", "means", "pixels"] = "all"
+    pointwise_products: bool = False
     transposed_convolutions: bool = True
     int32_bias: bool = False
     guarded: bool = False

@@ -51,7 +51,7 @@ class OpenVino(Target):
     """
 
     name = "openvino"
-    version = 5
+    version = 6
     lowering = Lowering(
         unsigned_activations="convolutions",
         weight_zero_points=False,
@@ -67,7 +67,11 @@ class OpenVino(Target):
         bits = weight_bits or fitting_bits()
         wide = bits == 8
         self.lowering = replace(
-            self.lowering, weight_bits=bits, integer_attention=wide, quantized_reductions="means" if wide else "pixels"
+            self.lowering,
+            weight_bits=bits,
+            integer_attention=wide,
+            quantized_reductions="means" if wide else "pixels",
+            pointwise_products=not wide,
         )
 
     @property
