@@ -192,6 +192,19 @@ def test_openvino_refuses_an_engine_that_answers_one_sample_differently(tmp_path
         OpenVino().build(tmp_path / "noisy.onnx", tmp_path / "noisy")
 
 
+def test_openvino_reads_operators_that_need_all_sizes(tmp_path: Path) -> None:
+    """A spectrogram within the network: OpenVINO 2026.4 reads STFT only where the batch is a number."""
+    text = """<ir_version: 9, opset_import: ["" : 17]> spectrum (float[B,64,1] signal) => (float[B,N,9,2] bins)
+        <int64 step = {8}, int64 length = {16}> { bins = STFT <onesided = 1> (signal, step, , length) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "lowered.onnx")
+    signal = np.random.default_rng(0).normal(size=(3, 64, 1)).astype(np.float32)
+    folder, _ = built(OpenVino(), tmp_path / "lowered.onnx")
+    with OpenVino().runner(folder, threads=1) as run:
+        bins = run({"signal": signal})["bins"]
+    frames = np.lib.stride_tricks.sliding_window_view(signal[..., 0], 16, axis=1)[:, ::8]
+    np.testing.assert_allclose(bins[..., 0] + 1j * bins[..., 1], np.fft.rfft(frames), atol=1e-4)
+
+
 def test_openvino_sends_nothing(tmp_path: Path) -> None:
     """Importing OpenVINO would make an identity file in the home directory and report the import."""
     folder, _ = built(OpenVino(), saved(tmp_path, quantized=False))

@@ -192,9 +192,22 @@ def compile_model(model: Path, threads: int, precision: str) -> tuple[Any, Any]:
     }
     core = _openvino().Core()
     with reported("OpenVINO: compiling the model", str(model)):
-        read = core.read_model(str(model))
-        read.reshape({port: _with_batch(port.get_partial_shape()) for port in read.inputs})
+        try:
+            read = core.read_model(str(model))
+            read.reshape({port: _with_batch(port.get_partial_shape()) for port in read.inputs})
+        except RuntimeError:  # operators like STFT are read only where all sizes are known
+            read = _read_for_one(model)
         return read, core.compile_model(read, "CPU", options)
+
+
+def _read_for_one(model: Path) -> Any:
+    """The model, its shapes set before its operators are read."""
+    openvino = _openvino()
+    frontend = openvino.frontend.FrontEndManager().load_by_framework("onnx")
+    source = frontend.load(str(model))
+    for port in source.get_inputs():
+        source.set_partial_shape(port, openvino.PartialShape(_with_batch(source.get_partial_shape(port))))
+    return frontend.convert(source)
 
 
 def _check_steady(compiled: Any, engine: str) -> None:
