@@ -1,11 +1,12 @@
 """Weights of 7 bits on processors without VNNI: python benchmarks/overflow.py [--task NAME] [--samples N].
 
 ``av_digits``, ``scene_vqa``, ``scene_clip`` and ``drive`` are quantized as ``ptq_int8`` does it (256 calibration
-samples) and lowered for ONNX Runtime and OpenVINO with 8 bits and with 7. Of each engine: how far its outputs are from
-those of the float engine of the same runtime (root mean square, over the outputs' spread), its metric on the first test
-samples, and how fast it is beside the float engine, in one interleaved run of one thread and batch 1. Attention stays
-in floating point in all of them. Kept in ``benchmarks/results/overflow.json``. On a processor with VNNI nothing
-overflows, and the rows tell what the eighth bit is worth.
+samples) and lowered for ONNX Runtime and OpenVINO with 8 bits and with 7; for OpenVINO also with linear layers as
+matrix products where it gets them as convolutions. Of each engine: how far its outputs are from those of the float
+engine of the same runtime (root mean square, over the outputs' spread), its metric on the first test samples, and how
+fast it is beside the float engine, in one interleaved run of one thread and batch 1. Attention stays in floating point
+in all of them. Kept in ``benchmarks/results/overflow.json``. On a processor with VNNI nothing overflows, and the rows
+tell what the eighth bit is worth.
 """
 
 from __future__ import annotations
@@ -69,14 +70,11 @@ def measured(name: str, samples: int, queries: int) -> Iterator[dict[str, Any]]:
         write(onnx_of(network, task), folder / "int8.onnx")
         for make in (OnnxRuntime, OpenVino):
             target = make()
-            forms = {"float": ("float", target.lowering)}
-            for bits in (8, 7):
-                lowering = replace(target.lowering, weight_bits=bits, integer_attention=False)
-                forms[str(bits)] = ("int8", lowering)
+            lowered = {form: replace(target.lowering, **changes) for form, changes in forms(target).items()}
             engines = []
-            for form, (source, lowering) in forms.items():
+            for form, lowering in {"float": target.lowering, **lowered}.items():
                 shaped = folder / f"{target.name}-{form}.onnx"
-                shape_for(folder / f"{source}.onnx", lowering, shaped)
+                shape_for(folder / f"{'float' if form == 'float' else 'int8'}.onnx", lowering, shaped)
                 built = shaped.with_suffix("")
                 built.mkdir()
                 target.build(shaped, built)
@@ -84,17 +82,26 @@ def measured(name: str, samples: int, queries: int) -> Iterator[dict[str, Any]]:
             answers = {ref.id: answered(target, Path(ref.folder), task, samples) for ref in engines}
             series = interleaved(engines, task.example().inputs, queries=queries)
             exact, float_value = answers["float"]
-            for bits in ("8", "7"):
-                outputs, value = answers[bits]
+            for form, lowering in lowered.items():
+                outputs, value = answers[form]
                 yield {
                     "task": name,
                     "target": target.name,
-                    "weight_bits": int(bits),
+                    "weight_bits": lowering.weight_bits,
+                    "pointwise_products": lowering.pointwise_products,
                     "output_error": {key: error(outputs[key], exact[key]) for key in exact},
                     "metric": {"float": float_value, "int8": value, "samples": samples},
-                    "latency_ms": series.latency(bits).as_json(),
-                    "speedup_over_float": asdict(series.speedup(bits, over="float")),
+                    "latency_ms": series.latency(form).as_json(),
+                    "speedup_over_float": asdict(series.speedup(form, over="float")),
                 }
+
+
+def forms(target: Target) -> dict[str, dict[str, Any]]:
+    """What is changed of a target's lowering, by the engine's name."""
+    found: dict[str, dict[str, Any]] = {f"{bits} bits": {"weight_bits": bits} for bits in (8, 7)}
+    if target.lowering.pointwise_products:
+        found["products"] = {"weight_bits": 7, "pointwise_products": False}
+    return {form: {"integer_attention": False, **changes} for form, changes in found.items()}
 
 
 def quantized(task: Task) -> Network:
