@@ -16,13 +16,15 @@ import yaml
 
 from mmedge.artifact import load_artifact
 from mmedge.cli.runs import command_line
-from mmedge.errors import ArtifactError, UsageError
+from mmedge.errors import ArtifactError, TargetError, UsageError
 from mmedge.pipeline.compress import Job, compress, job_of
 from mmedge.pipeline.folder import RunFolder, identity_of, open_run
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe, load_recipe
 from mmedge.report.html import render
 from mmedge.report.model import Report
+from mmedge.targets.base import Build
+from mmedge.targets.openvino import OpenVino
 
 RECIPE = """
 schema: 1
@@ -160,6 +162,27 @@ def test_a_target_can_be_added_later_and_costs_no_training(finished) -> None:
     assert wider.targets == ["onnxruntime", "openvino"]
     assert [stage.digest for stage in wider.stages] == [stage.digest for stage in report.stages]
     assert wider.rows("openvino")[-1][1].accuracy.value > 0.9
+
+
+def test_a_target_that_fails_says_that_the_others_need_not(recipe_file, tmp_path, monkeypatch) -> None:
+    def build(self, model: Path, folder: Path) -> Build:
+        raise TargetError("the model needs what OpenVINO lacks")
+
+    monkeypatch.setattr(OpenVino, "build", build)
+    bare = tmp_path / "bare.yaml"
+    bare.write_text(
+        f"schema: 1\ntask: {load_recipe(recipe_file).task}\ntargets: [onnxruntime]\nprofile: {{queries: 70}}\n"
+    )
+    both, alone = (load_recipe(bare, targets=targets) for targets in (["onnxruntime", "openvino"], ["openvino"]))
+    with pytest.raises(TargetError, match="run again without the target openvino"):
+        compress(job(both, tmp_path / "run"), Progress())
+    with pytest.raises(TargetError, match=r"lacks$"):
+        compress(job(alone, tmp_path / "alone"), Progress())
+    engines = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/artifacts").rglob("*.onnx")}
+    report, folder = compress(job(load_recipe(bare), tmp_path / "run"), Progress())
+    assert report.targets == ["onnxruntime"]
+    assert engines
+    assert {path: path.stat().st_mtime_ns for path in folder.artifacts.rglob("*.onnx")} == engines
 
 
 def test_profile_measures_again_and_keeps_the_old_timing(finished) -> None:

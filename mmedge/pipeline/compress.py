@@ -246,13 +246,22 @@ class _Run:
         self.steps.append(step)
         for use in self.uses:
             if use.elsewhere is None:
-                self.measured.add(step, use.target, use.versions)
+                self._measure(step, use)
             else:
                 self.measured.defer(step, use.target, use.elsewhere)
         self._keep_so_far()
         self.folder.log(
             "step", name=step.name, digest=step.artifact.digest, seconds=round(time.monotonic() - started, 1)
         )
+
+    def _measure(self, step: Step, use: Use) -> None:
+        try:
+            self.measured.add(step, use.target, use.versions)
+        except TargetError as err:
+            if err.fix or len(self.uses) == 1:
+                raise
+            fix = f"run again without the target {use.target.name}: what was finished for the others is kept"
+            raise TargetError(err.problem, where=err.where, fix=fix) from err
 
     def _failed_after(self, stage: str) -> list[Gate]:
         gates = evaluate_after(self.job.recipe.gates, self._report([]), stage)
