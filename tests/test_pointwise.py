@@ -119,6 +119,35 @@ def test_openvino_runs_them_in_int8_and_right(task, portable, tmp_path) -> None:
     assert kernels.get("Convolution u8", 0) + kernels.get("Convolution i8", 0) == 7  # the shared layer twice
 
 
+class Learned(nn.Module):
+    """Learned queries look at the rows of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, 3, 16))
+        self.norm, self.query, self.key = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(36, 16)
+        self.value, self.head = nn.Linear(36, 16), nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, queries = x.flatten(2), self.norm(self.queries).expand(x.shape[0], -1, -1)
+        rows = rows.reshape(x.shape[0], 12, 36)
+        mixed = nn.functional.scaled_dot_product_attention(self.query(queries), self.key(rows), self.value(rows))
+        return self.head((queries + mixed).flatten(1))
+
+
+def test_what_is_the_same_for_all_samples_stays_a_product(task, tmp_path) -> None:
+    """OpenVINO writes over it as convolutions run, so that the second query is answered from something else."""
+    torch.manual_seed(0)
+    learned = replace(task, model=Learned().eval())
+    stage, context = Quantize(Quantize.Config(calibration={"samples": 16})), context_of(learned)
+    parent = Network(learned.model)
+    write(onnx_of(stage.restore(parent, stage.run(parent, context), context), learned), tmp_path / "portable.onnx")
+    assert error(OpenVino(weight_bits=7), learned, tmp_path / "portable.onnx", tmp_path) < 0.05
+    model = ir.load(tmp_path / "model.onnx")
+    assert layers(model, "Conv") == {"key", "value", "head"}
+    assert "query" in layers(model, "MatMul")
+
+
 def test_outputs_keep_their_names(task, tmp_path) -> None:
     """A layer that gives an output is the last node of the graph, with and without a bias."""
 
