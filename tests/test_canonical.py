@@ -114,6 +114,33 @@ def filled(x: Tensor) -> Tensor:
     return whole
 
 
+class Attends(nn.Module):
+    """Attention over the rows of an image; ``start`` makes the tokens, ``end`` merges the heads."""
+
+    def __init__(
+        self,
+        start: Callable[[Tensor], Tensor] = lambda x: x,
+        end: Callable[[Tensor], Tensor] = lambda x: x.flatten(2),
+        mask: Callable[[Tensor], Tensor | None] = lambda x: None,
+    ) -> None:
+        super().__init__()
+        self.start, self.end, self.mask = start, end, mask
+        self.stem, self.qkv, self.head = nn.Linear(SIZE, WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.start(self.stem(image.mean(1)))
+        heads = self.qkv(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*heads, attn_mask=self.mask(x))
+        return self.head(self.end(mixed.transpose(1, 2))).mean(1)
+
+
+def mapped(x: Tensor) -> Tensor:
+    """As transformers makes the masks of its decoders."""
+    places = torch.arange(x.shape[1])
+    own = torch.vmap(torch.vmap(lambda query, key: key <= query, (None, 0)), (0, None))
+    return own(places, places)
+
+
 class Padded(nn.Module):
     """Paddings by name, also where one side gets more than the other."""
 
@@ -143,6 +170,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and how many lay
     "a part is written to": (lambda: Writes(half_sigmoid), 2),
     "written through a view": (lambda: Writes(through_a_view), 2),
     "filled in parts": (lambda: Writes(filled), 2),
+    "a mask by vmap": (lambda: Attends(mask=mapped), 3),
     "named paddings": (Padded, 3),
 }
 

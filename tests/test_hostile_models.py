@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from command import mmedge
 from families import context_of, task_of
 from torch import Tensor, nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.nn import functional as F
 
 from mmedge.errors import StageError, TaskError
-from mmedge.lower.export import onnx_of
+from mmedge.lower.export import archive_of, onnx_of
 from mmedge.pipeline.check import check_model
 from mmedge.stages.base import Network, as_tensors
 from mmedge.stages.distill import Distill
@@ -81,6 +83,23 @@ def test_an_operator_that_onnx_does_not_have_is_named() -> None:
     assert "replace aten.linalg_householder_product.default" in (caught.value.fix or "")
     assert "\x1b" not in said
     assert "step 3/3" not in said
+
+
+class Mapped(nn.Module):
+    """A mask made as transformers makes those of its decoders: elements are picked by index within ``vmap``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        positive, places = x > 0, torch.arange(x.shape[1])
+        with TransformGetItemToIndex():
+            seen = torch.vmap(lambda row: torch.vmap(lambda place: positive[row, place])(places))
+            return x * seen(torch.arange(x.shape[0]))
+
+
+def test_an_archive_of_a_model_that_calls_vmap_can_be_run() -> None:
+    task = task_of(Net(Mapped()), {"signal": (4,)})
+    program = torch.export.load(io.BytesIO(archive_of(Network(task.model), task)))
+    inputs = as_tensors(task.example().inputs)
+    torch.testing.assert_close(program.module()(**inputs)[0], task.model(**inputs))
 
 
 class Keeping(nn.Module):

@@ -25,6 +25,7 @@ from mmedge.stages.base import as_tensors, outputs_of
 from mmedge.task import Task
 
 TOP = "model"
+VMAP = "torch._functorch.predispatch"  # defines the operators that torch.vmap leaves in a trace
 
 
 class _Named(nn.Module):
@@ -78,6 +79,9 @@ def program_of(module: nn.Module, task: Task) -> ExportedProgram:
             named = _Named(module, tuple(inputs), task.outputs)
             program = torch.export.export(named, (), kwargs=inputs, dynamic_shapes=shapes)
             kept = [] if module.training else _kept_in_buffers(program, named.assigned)
+            if any(_is_of_vmap(node) for node in program.graph.nodes):
+                # It begins and ends in nodes that nothing reads, which later passes drop, and not all can be saved.
+                program = program.run_decompositions({})
     except StageError:
         raise
     except Exception as err:
@@ -120,6 +124,10 @@ def _kept_in_buffers(program: ExportedProgram, assigned: Collection[str]) -> lis
     written = {*assigned, *signature.buffers_to_mutate.values()}
     read = [name for placeholder, name in signature.inputs_to_buffers.items() if placeholder in counting]
     return [without_wrappers(name) for name in read if name in written]
+
+
+def _is_of_vmap(node: Node) -> bool:
+    return getattr(node.target, "__module__", "") == VMAP
 
 
 def _written(node: Node) -> str | None:
