@@ -134,6 +134,15 @@ class Attends(nn.Module):
         return self.head(self.end(mixed.transpose(1, 2))).mean(1)
 
 
+def first_again(x: Tensor) -> Tensor:
+    x[:, 0] = x[:, -1]
+    return x
+
+
+def viewed(x: Tensor) -> Tensor:
+    return x.view(x.shape[0], SIZE, WIDTH)
+
+
 def mapped(x: Tensor) -> Tensor:
     """As transformers makes the masks of its decoders."""
     places = torch.arange(x.shape[1])
@@ -170,6 +179,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and how many lay
     "a part is written to": (lambda: Writes(half_sigmoid), 2),
     "written through a view": (lambda: Writes(through_a_view), 2),
     "filled in parts": (lambda: Writes(filled), 2),
+    "attention over what is written to": (lambda: Attends(start=first_again), 3),
+    "heads that are viewed": (lambda: Attends(end=viewed), 3),
     "a mask by vmap": (lambda: Attends(mask=mapped), 3),
     "named paddings": (Padded, 3),
 }

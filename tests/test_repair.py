@@ -256,7 +256,7 @@ class Heads(nn.Module):
         self.value.weight.data[::3] *= 20
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        split = lambda t: t.view(t.shape[0], t.shape[1], 2, 4).transpose(1, 2)  # noqa: E731
+        split = lambda t: t.unflatten(2, (2, 4)).transpose(1, 2)  # noqa: E731
         values = self.value(context)
         weights = torch.softmax(split(self.query(x)) @ split(self.key(context)).transpose(-2, -1), dim=-1)
         if self.merge == "by channel":

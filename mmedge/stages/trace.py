@@ -26,6 +26,7 @@ from mmedge.task import Task
 
 TOP = "model"
 VMAP = "torch._functorch.predispatch"  # defines the operators that torch.vmap leaves in a trace
+VIEWS = frozenset({torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default})
 
 
 class _Named(nn.Module):
@@ -218,12 +219,19 @@ def graph_of(module: nn.Module, task: Task) -> torch.fx.GraphModule:
     """The traced graph as a module, called like the original; the form that PT2E quantizes.
 
     Nothing in it writes into what other nodes read: a rounded copy of a value that is written to later would miss that.
+    Nothing is a view either, which holds for the strides of the trace alone: what takes an operator's place, as the
+    products of attention do, may lay its values out otherwise.
     """
     program = program_of(module, task)
     if any(_writes_to_others(node) for node in program.graph.nodes):
         with quiet():
             program = program.run_decompositions({})
-    return program.module()
+    graph = program.module()
+    for node in graph.graph.nodes:
+        if node.target in VIEWS:
+            node.target = torch.ops.aten.reshape.default
+    graph.recompile()
+    return graph
 
 
 def _writes_to_others(node: Node) -> bool:

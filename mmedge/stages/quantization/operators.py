@@ -27,9 +27,9 @@ ADD = frozenset({aten.add.Tensor, aten.add_.Tensor})
 CONCAT = frozenset({aten.cat.default})
 POOLING = frozenset({aten.max_pool2d.default, aten.max_pool1d.default})
 # They move values without changing them.
-RESHAPING = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int,
-                       aten.unsqueeze.default, aten.squeeze.dim, aten.permute.default, aten.transpose.int,
-                       aten.contiguous.default, aten.clone.default})  # fmt: skip
+RESHAPING = frozenset({aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
+                       aten.squeeze.dim, aten.permute.default, aten.transpose.int, aten.contiguous.default,
+                       aten.clone.default})  # fmt: skip
 MOST_TOKENS = 512  # beyond, the products of attention stay floating point (after NVIDIA's Model Optimizer)
 SIZE = aten.sym_size.int
 ATTENTION = aten.scaled_dot_product_attention.default

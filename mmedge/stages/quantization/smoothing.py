@@ -27,9 +27,8 @@ FOLDED: Mapping[Any, tuple[int, ...]] = {aten.layer_norm.default: (2, 3), aten.r
 ATTENTION: Mapping[Any, int] = {
     aten.scaled_dot_product_attention.default: 2, aten.matmul.default: 1, aten.bmm.default: 1
 }  # fmt: skip
-VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 # They split and merge heads; what they do with channels is found by running them.
-MOVING = RESHAPING | VIEWS | {aten.expand.default}
+MOVING = RESHAPING | {aten.expand.default}
 
 
 @dataclass(frozen=True)
@@ -176,8 +175,8 @@ def _keeps_channels(value: Node, way: list[Node], attention: Node) -> bool:
     shape = _shape(value)
     numbers = torch.arange(shape[-1]).expand(shape)
     for node in way:
-        if node is not attention:  # what is a view there may need a copy here
-            move: Any = aten.reshape.default if node.target in VIEWS else node.target
+        if node is not attention:
+            move: Any = node.target
             numbers = move(numbers, *map(_concrete, node.args[1:]))
             continue
         result = _shape(node)
