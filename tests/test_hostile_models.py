@@ -189,6 +189,31 @@ def test_a_model_that_cannot_be_copied_is_refused_before_any_work() -> None:
     check_model(task)
 
 
+class Scales(nn.Module):
+    """A layer, and what may be of another precision than layers are: one number, and buffers."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 10)
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=dtype))
+        self.register_buffer("offset", torch.ones(10, dtype=dtype))
+        self.register_buffer("order", torch.arange(10))
+
+    def forward(self, signal: Tensor) -> Tensor:
+        scaled = self.linear(signal.to(self.linear.weight.dtype)) * self.scale
+        return (scaled.float() + self.offset.float())[:, self.order]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_refused_by_name(dtype: torch.dtype) -> None:
+    task = task_of(Scales(dtype), {"signal": (4,)})
+    check_model(task)
+    task.model.linear.to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(TaskError, match=rf"weight linear\.weight is {name}, not float32\n.*model\.float\(\)"):
+        check_model(task)
+
+
 class Bare(nn.Module):
     """Nothing in it can be trained or narrowed."""
 

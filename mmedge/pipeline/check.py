@@ -58,6 +58,16 @@ def _check_weights(model: torch.nn.Module, where: str) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             fix = "the checkpoint is damaged or training diverged: load another"
             raise TaskError(f"weight {name} holds NaN or infinite values", where=where, fix=fix)
+    for name, parameter in model.named_parameters():
+        # A number without axes lets other tensors keep their precision: torch.tensor(np.log(3)), float64, may stay.
+        if parameter.is_floating_point() and parameter.ndim and parameter.dtype != torch.float32:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise TaskError(
+                f"weight {name} is {dtype}, not float32",
+                where=where,
+                fix=f"load it in float32: model.float(), and no casts to {dtype} in forward(); mmedge lowers the "
+                "precision itself",
+            )
 
 
 def _check_outputs(outputs: Mapping[str, torch.Tensor], batch: Batch, where: str) -> None:
