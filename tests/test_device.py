@@ -19,12 +19,14 @@ from mmedge.pipeline.device import build_here, holds, with_devices
 from mmedge.pipeline.engines import build_engine
 from mmedge.pipeline.environment import environment
 from mmedge.pipeline.folder import RunFolder
+from mmedge.pipeline.measure import TIMED_SAMPLES
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe
 from mmedge.report.gates import GatesConfig, evaluate
 from mmedge.report.html import render
 from mmedge.report.model import Parts, Report
 
+READER = Path(__file__).with_name("reader_task.py")
 RTX = "rtx-4090"
 JETSON = "jetson-agx-orin"
 # A process without the workstation's packages: what is None in sys.modules cannot be imported.
@@ -48,7 +50,7 @@ class Talk(Progress):
         self.said.append(text)
 
 
-def job(template: Path, folder: Path, *targets: str) -> Job:
+def job(template: Path, folder: Path, *targets: str, **changes: object) -> Job:
     raw = {
         "task": f"{template}:task",
         "targets": list(targets),
@@ -57,6 +59,7 @@ def job(template: Path, folder: Path, *targets: str) -> Job:
         "twin": {"min_speedup": 0, "max_drop": 1, "queries": 64},
         "profile": {"queries": 64, "health_samples": 64},
         "gates": {"max_drop": 0.05},
+        **changes,
     }
     return Job(Recipe.model_validate(raw), "device.yaml", 0, folder, "mmedge compress …")
 
@@ -143,6 +146,18 @@ def test_an_int8_engine_that_is_no_faster_gives_way_to_its_twin(template: Path, 
     assert (result.precision, result.twin.shipped) == ("fp32", "twin")
     assert result.artifact == report.stages[0].results[-1].artifact
     assert "at least 1000.00x" in result.twin.reason
+    assert result.parity == report.stages[0].results[-1].parity  # it is a float network that it is compared with
+
+
+def test_a_device_compares_attention_that_runs_in_floating_point_with_such(tmp_path: Path) -> None:
+    """ONNX Runtime and TensorRT do not run it in INT8; the workstation says the same of the same engine."""
+    changes = {
+        "stages": [{"quantize": {"calibration": {"samples": 32}, "sensitivity_samples": 0}}],
+        "profile": {"queries": 64, "processes": 1, "health_samples": 16, "parity_samples": TIMED_SAMPLES},
+    }
+    here, folder = compress(job(READER, tmp_path / "run", "onnxruntime", **changes), Progress())
+    there, _ = build_here(folder.path, "onnxruntime", "mmedge build …", Progress())
+    assert there.stages[-1].results[-1].parity == here.stages[-1].results[-1].parity
 
 
 def test_what_a_device_measured_stays_when_the_workstation_goes_on(template: Path, run: Path) -> None:

@@ -20,7 +20,7 @@ from mmedge.errors import ArtifactError, UsageError
 from mmedge.pipeline.components import Bench, Parts
 from mmedge.pipeline.engines import build_engine, place_name
 from mmedge.pipeline.environment import cpu_name, environment
-from mmedge.pipeline.folder import RunFolder, open_run, processors, read_json
+from mmedge.pipeline.folder import FLOAT_ATTENTION, SAMPLES, RunFolder, open_run, processors, read_json
 from mmedge.pipeline.rows import NO_RAILS, Timed, coverage_fields, fraction, timing_json, timings
 from mmedge.profile.accuracy import parity
 from mmedge.profile.latency import EngineRef, interleaved
@@ -212,8 +212,8 @@ class _Device:
 
     def _parts(self, stage: Stage, own: _Shipped) -> Parts | None:
         """The components of what is shipped of a stage; None where it has none."""
-        source = self._float_parent(stage) if own.shipped == "twin" else stage
-        lowered = self._lowered_parts(source or stage)
+        source = self._made_from(stage, own)
+        lowered = self._lowered_parts(source)
         if not lowered:
             return None
         if any(own.precision not in graphs for graphs in lowered.values()):
@@ -265,6 +265,10 @@ class _Device:
             current = by_name.get(current.parent or "")
         return current
 
+    def _made_from(self, stage: Stage, own: _Shipped) -> Stage:
+        """Whose network is shipped: a twin's is an earlier stage's."""
+        return (self._float_parent(stage) if own.shipped == "twin" else None) or stage
+
     def _quick(self, engines: dict[str, Artifact]) -> dict[str, float]:
         """Time relative to the first engine."""
         refs = [EngineRef(name, self.target.name, str(artifact.path)) for name, artifact in engines.items()]
@@ -302,14 +306,17 @@ class _Device:
     def _samples(self, stage: Stage | None = None) -> tuple[dict[str, Array], dict[str, Array]]:
         """A few inputs, and PyTorch's answers of a stage's network to them."""
         wanted = stage or self.report.stages[0]
-        found = [each for each in self.known.get(wanted.digest, ()) if each.manifest.name == f"{wanted.name}-samples"]
-        if not found:
+        known = {each.manifest.name: each for each in self.known.get(wanted.digest, ())}
+        found = known.get(f"{wanted.name}-{SAMPLES}")
+        if not self.target.lowering.rounds_attention:
+            found = known.get(f"{wanted.name}-{FLOAT_ATTENTION}", found)
+        if found is None:
             raise ArtifactError(f"the run has no samples of {wanted.name}", where=str(self.folder.path))
-        return _arrays(found[-1].file("inputs.npz")), _arrays(found[-1].file("outputs.npz"))
+        return _arrays(found.file("inputs.npz")), _arrays(found.file("outputs.npz"))
 
-    def _parity(self, stage: Stage, engine: Artifact) -> dict[str, float]:
-        inputs, reference = self._samples(stage)
-        with self.target.runner(engine.path, processors()) as run:
+    def _parity(self, stage: Stage, own: _Shipped) -> dict[str, float]:
+        inputs, reference = self._samples(self._made_from(stage, own))
+        with self.target.runner(own.engine.path, processors()) as run:
             return parity(reference, run(inputs))
 
     def _row(self, stage: Stage, own: _Shipped, first: _Shipped, timing: Any, why: str | None) -> Result:
@@ -328,7 +335,7 @@ class _Device:
                 "size_bytes": size,
                 "shrink": first.engine.size_bytes() / size,
                 "accuracy": None,
-                "parity": None if why else self._parity(stage, own.engine),
+                "parity": None if why else self._parity(stage, own),
                 "energy_mj": None,
                 "twin": self._twin(own, timing, reasons, why),
                 "versions": self.versions,

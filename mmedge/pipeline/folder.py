@@ -20,6 +20,9 @@ from mmedge.recipe import Recipe
 
 RUN = "run.json"
 SCHEMA = 1
+# What a device compares engines with, by the name of its artifact behind the stage's.
+SAMPLES = "samples"
+FLOAT_ATTENTION = "float-attention-samples"
 Content = TypeVar("Content", bound=BaseModel)
 
 

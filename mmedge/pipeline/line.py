@@ -299,15 +299,31 @@ class Line:
 
         return tuple(self.store.values(f"{source.name}-float16-range", inputs, probe)["islands"])
 
-    def reference(self, step: Step, samples: int) -> dict[str, Any]:
-        """PyTorch's own answers of the step's network to the first test samples, for parity."""
+    def reference(
+        self, step: Step, samples: int, in_float: Collection[str] = (), keep_convolutions: bool = False
+    ) -> dict[str, Any]:
+        """PyTorch's own answers of the step's network to the first test samples, for parity.
+
+        Args:
+            step: which network.
+            samples: how many.
+            in_float: of a Q/DQ network, INT8 layers that are in floating point in what is compared, modules whose
+                attention is among them.
+            keep_convolutions: where there are such layers, round what INT8 convolutions give, whoever reads it.
+        """
+        network = step.network
+        module = network.module
+        if in_float and network.prepared is not None:
+            from mmedge.stages.quantization.released import released
+
+            module = released(network.prepared, network.exact, in_float, keep_convolutions)
         parts: dict[str, list[Tensor]] = {}
         seen = 0
         with torch.no_grad():
             for batch in self.task.stream("test"):
                 count = min(len(batch), samples - seen)
                 inputs = as_tensors({name: array[:count] for name, array in batch.inputs.items()})
-                for name, value in outputs_of(step.network.module, inputs, self.task.outputs).items():
+                for name, value in outputs_of(module, inputs, self.task.outputs).items():
                     parts.setdefault(name, []).append(value)
                 seen += count
                 if seen >= samples:

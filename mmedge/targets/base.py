@@ -61,6 +61,11 @@ class Lowering:
     float_type: Literal["float32", "float16"] = "float32"
     half_scales: bool = True
 
+    @property
+    def rounds_attention(self) -> bool:
+        """Whether the products of attention read what was rounded; a PyTorch graph stays as it is."""
+        return self.integer_attention or self.format != "onnx"
+
 
 @dataclass(frozen=True)
 class Coverage:

@@ -105,7 +105,7 @@ def _layer(prepared: GraphModule, node: Node) -> Layer | None:
     if not is_weighted(node):
         return None
     data, weight = node.args[0], node.args[1]
-    if not (_is_range(prepared, data) and _is_range(prepared, weight)):
+    if not (is_range(prepared, data) and is_range(prepared, weight)):
         return None
     source = weight.args[0]  # type: ignore[union-attr]
     bias = node.args[2] if len(node.args) > 2 else None
@@ -136,7 +136,7 @@ def attention_of(prepared: GraphModule) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for node in prepared.graph.nodes:
         ends = [_unmoved(operand) for operand in (*attended(node), *_weights(node))]
-        paths = {str(end.target) for end in ends if _is_range(prepared, end)}
+        paths = {str(end.target) for end in ends if is_range(prepared, end)}
         if paths:
             found.setdefault(module_name(node), set()).update(paths)
     return found
@@ -152,7 +152,8 @@ def _unmoved(node: Any) -> Any:
     return node
 
 
-def _is_range(prepared: GraphModule, node: Any) -> bool:
+def is_range(prepared: GraphModule, node: Any) -> bool:
+    """Whether ``node`` is a ``Range`` that a tensor passes."""
     return (
         isinstance(node, Node)
         and node.op == "call_module"
@@ -172,7 +173,7 @@ def seen_by(prepared: GraphModule) -> dict[str, str]:
 
 def _range_nodes(prepared: GraphModule) -> Iterator[Node]:
     for node in prepared.graph.nodes:
-        if _is_range(prepared, node):
+        if is_range(prepared, node):
             yield node
 
 
