@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mmedge.report.gates import GatesConfig, evaluate
 from mmedge.report.html import render, write_html
-from mmedge.report.model import Report
+from mmedge.report.model import Report, Twin
 from mmedge.report.terminal import show
 from mmedge.report.verdict import verdict
 
@@ -54,6 +54,18 @@ def test_table_cuts_nothing_off(width: int) -> None:
 def test_one_wide_table_holds_every_column() -> None:
     line = next(line for line in shown(report(), 140).splitlines() if line.startswith("quantize"))
     assert " ".join(line.split()) == "quantize int8 96.87 0.71 1.67 1.77 –¹ 5.88 0.725 18.2 70.0 93.8 0.99998"
+
+
+@pytest.mark.parametrize(
+    ("shipped", "told"),
+    [("mixed", "in floating point: head: too slow"), ("twin", "tried in floating point: head: too slow")],
+)
+def test_groups_are_in_floating_point_only_where_the_whole_is_not(shipped: str, told: str) -> None:
+    found = report()
+    twin = {"precision": "fp32", "speedup": 1.1, "ci95": None, "shipped": shipped, "reason": "INT8 did not pay"}
+    final(found).twin = Twin.model_validate({**twin, "backed_off": {"head": "too slow"}})
+    assert told in [line.strip() for line in shown(found, 140).splitlines()]
+    assert f"<li>{told}</li>" in render(found)
 
 
 def test_reasons_are_footnotes_given_once() -> None:

@@ -60,7 +60,8 @@ class Settled:
         engine: the one that is shipped.
         twin: the fastest higher-precision engine of the same network; None where nothing could be timed.
         shipped: ``int8``, ``mixed`` (some groups are floating point) or ``twin``.
-        backed_off: groups of layers that went back to floating point, each with the reason.
+        backed_off: groups of layers that went back to floating point, each with the reason; where the twin is shipped,
+            of the last that was tried.
         reason: of the whole decision, one sentence.
     """
 

@@ -165,7 +165,7 @@ class Twin(Part):
         speedup: of what is shipped over the twin, from the same interleaved run as all latencies of this target.
         ci95: 95 % confidence interval of ``speedup``.
         shipped: ``int8``; ``mixed``: groups of layers went back to floating point; ``twin``: INT8 did not pay.
-        backed_off: the groups that went back, each with the reason.
+        backed_off: the groups that went back, each with the reason; where the twin is shipped, those that were tried.
         reason: why this is shipped, one sentence.
     """
 

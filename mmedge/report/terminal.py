@@ -129,7 +129,7 @@ def _int8(report: Report, console: Console) -> None:
     for place, verdict, given_back in found:
         _hanging(console, " ", f"{place}: {verdict}")
         for line in given_back:
-            _hanging(console, "   ", f"in floating point: {line}")
+            _hanging(console, "   ", line)
     for line in (*others(report), *device_times(report), *fusion(report), *components(report)):
         _hanging(console, " ", line)
     for stage in report.stages:

@@ -13,11 +13,15 @@ MOST = 5  # of a list that could be long; report.json has all
 
 
 def verdicts(report: Report) -> Iterator[tuple[str, str, list[str]]]:
-    """For every INT8 result: where (stage and target), the comparison with its twin, and what went back to float."""
+    """For every INT8 result: where (stage and target), the comparison with its twin, and what went back to float.
+
+    Where the twin is shipped all of it is in floating point, and the groups are those that were tried before.
+    """
     for stage in report.stages:
         for result in stage.results:
             if result.twin is not None:
-                given = [f"{group}: {why}" for group, why in result.twin.backed_off.items()]
+                how = "tried in floating point" if result.twin.shipped == "twin" else "in floating point"
+                given = [f"{how}: {group}: {why}" for group, why in result.twin.backed_off.items()]
                 yield f"{stage.name} on {result.target}", _verdict(result), given
 
 
