@@ -69,6 +69,46 @@ def test_the_module_that_cannot_be_traced_is_named(capfd: pytest.CaptureFixture[
     assert capfd.readouterr() == ("", "")  # torch.export would print the graph
 
 
+class Sides(nn.Module):
+    """Both sides of a Siamese network in one pass, or one that has a rule for few samples."""
+
+    def __init__(self, apart: str) -> None:
+        super().__init__()
+        self.apart = apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        both, count = torch.cat([x, -x]), x.shape[0]
+        if self.apart == "chunk":
+            return both.chunk(2)[0]
+        if self.apart == "branch":
+            return x * 2 if count < 5 else x
+        if self.apart == "loop":
+            return torch.stack([row * 2 for row in x])
+        return both.split([count, count])[0] if self.apart == "split" else both[:count] - both[count:]
+
+
+@pytest.mark.parametrize(
+    ("apart", "only"),
+    [
+        ("chunk", "only where (((-1) + 3*batch) // batch) == 2\n"),
+        ("branch", "only where 2 <= batch and batch <= 4\n"),
+        ("loop", "only for 2 samples, as it was traced\n"),
+    ],
+)
+def test_code_that_is_not_for_every_size_of_the_batch_is_said_to_be_that(apart: str, only: str) -> None:
+    task = task_of(Net(Sides(apart)), {"signal": (4,)})
+    with pytest.raises(StageError, match="its code is not for every size of the batch") as caught:
+        program_of(task.model, task)
+    assert only in str(caught.value)
+    assert "x.split([b, b])" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize("apart", ["split", "slices"])
+def test_sides_of_one_pass_are_taken_apart_as_that_error_says(apart: str) -> None:
+    task = task_of(Net(Sides(apart)), {"signal": (4,)})
+    program_of(task.model, task)
+
+
 class Reflections(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.linalg.householder_product(x.unflatten(1, (4, 4)), x[:, :4]).flatten(1)

@@ -6,6 +6,7 @@ import inspect
 import io
 import linecache
 import logging
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -86,13 +87,11 @@ def program_of(module: nn.Module, task: Task) -> ExportedProgram:
     except StageError:
         raise
     except Exception as err:
-        reason = str(err).strip().splitlines() or [type(err).__name__]
+        reason, fix = _told(err)
         raise StageError(
-            f"torch.export cannot follow the model: {type(err).__name__}: {reason[0]}",
+            f"torch.export cannot follow the model: {reason}",
             where=f"task {task.name}{_culprit(err, module)}",
-            fix="use tensor operations only in forward(): torch.where in place of branches on values, no .item(), no "
-            "fixed batch size in view() or expand(), x.shape[0] in place of len(x), no NumPy; `mmedge task check` "
-            "shows the whole message with -v",
+            fix=f"{fix}; `mmedge task check` shows the whole message with -v",
         ) from err
     if kept:
         raise StageError(
@@ -101,6 +100,26 @@ def program_of(module: nn.Module, task: Task) -> ExportedProgram:
             fix="make it an input and an output of the model, or write it only `if self.training:`",
         )
     return program
+
+
+def _told(err: Exception) -> tuple[str, str]:
+    """What the exporter says, and what to do. Of a batch whose size counts its second line says which it takes."""
+    first, *more = str(err).strip().splitlines() or [type(err).__name__]
+    if not (first.startswith("Constraints violated (batch)") and more):
+        return f"{type(err).__name__}: {first}", (
+            "use tensor operations only in forward(): torch.where in place of branches on values, no .item(), no fixed "
+            "batch size in view() or expand(), x.shape[0] in place of len(x), no NumPy"
+        )
+    guard = _BATCH.sub("batch", more[0]).partition("generated guard ")[2].partition("Specializations")[0].strip(" .")
+    sizes = f"only where {guard}" if guard else "only for 2 samples, as it was traced"
+    return f"its code is not for every size of the batch, {sizes}", (
+        "write forward() for any number of samples: x.shape[0] in place of len(x), no fixed batch size in view() or "
+        "expand(), no loop over samples, no branch on how many there are; where inputs pass a tower together, take "
+        "them apart with x[:b] and x[b:] or x.split([b, b]), b = left.shape[0], in place of x.chunk(2)"
+    )
+
+
+_BATCH = re.compile(r"L\['\w+'\]\.size\(\)\[0\]")
 
 
 def _kept_in_buffers(program: ExportedProgram, assigned: Collection[str]) -> list[str]:
