@@ -62,14 +62,18 @@ def task() -> Task:
     return Task("sums", Sums().eval(), (spec,), ("logits",), bright, loss, Metric("accuracy", accuracy))
 
 
-@pytest.fixture(scope="module")
-def portable(task, tmp_path_factory) -> Path:
+def quantized(task: Task, folder: Path) -> Path:
+    """The portable file of the INT8 network."""
     stage = Quantize(Quantize.Config(calibration={"samples": 16}))
     parent, context = Network(task.model), context_of(task)
     network = stage.restore(parent, stage.run(parent, context), context)
-    path = tmp_path_factory.mktemp("sums") / "portable.onnx"
-    write(onnx_of(network, task), path)
-    return path
+    write(onnx_of(network, task), folder / "portable.onnx")
+    return folder / "portable.onnx"
+
+
+@pytest.fixture(scope="module")
+def portable(task, tmp_path_factory) -> Path:
+    return quantized(task, tmp_path_factory.mktemp("sums"))
 
 
 def largest(model: Path) -> dict[str, int]:
@@ -204,8 +208,4 @@ def test_openvino_is_right_behind_a_reduction(maximum, task, tmp_path) -> None:
     model = Pooled(maximum)
     model.tokens.weight.data *= torch.logspace(-1, 1, 16)[:, None]
     pooled = replace(task, model=model.eval())
-    stage = Quantize(Quantize.Config(calibration={"samples": 16}))
-    parent, context = Network(pooled.model), context_of(pooled)
-    network = stage.restore(parent, stage.run(parent, context), context)
-    write(onnx_of(network, pooled), tmp_path / "portable.onnx")
-    assert error(OpenVino(), pooled, tmp_path / "portable.onnx", tmp_path) < 0.08
+    assert error(OpenVino(), pooled, quantized(pooled, tmp_path), tmp_path) < 0.08

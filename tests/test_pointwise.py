@@ -10,15 +10,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from families import context_of
-from test_narrow import bright, error
+from test_narrow import bright, error, quantized
 from torch import Tensor, nn
 
-from mmedge.lower.export import onnx_of, write
 from mmedge.lower.passes import fold_weight_transposes, layer_of, nodes, release
 from mmedge.lower.pointwise import products_as_convolutions
-from mmedge.stages.base import Network, as_tensors, outputs_of
-from mmedge.stages.quantize import Quantize
+from mmedge.stages.base import as_tensors, outputs_of
 from mmedge.targets.openvino import OpenVino
 from mmedge.task import Metric, Task, accuracy
 from mmedge.tensors import TensorSpec
@@ -53,11 +50,7 @@ def task() -> Task:
 
 @pytest.fixture(scope="module")
 def portable(task, tmp_path_factory) -> Path:
-    stage = Quantize(Quantize.Config(calibration={"samples": 16}))
-    parent, context = Network(task.model), context_of(task)
-    path = tmp_path_factory.mktemp("ranks") / "portable.onnx"
-    write(onnx_of(stage.restore(parent, stage.run(parent, context), context), task), path)
-    return path
+    return quantized(task, tmp_path_factory.mktemp("ranks"))
 
 
 def logits(model: ir.Model, task: Task) -> np.ndarray:
@@ -139,10 +132,7 @@ def test_what_is_the_same_for_all_samples_stays_a_product(task, tmp_path) -> Non
     """OpenVINO writes over it as convolutions run, so that the second query is answered from something else."""
     torch.manual_seed(0)
     learned = replace(task, model=Learned().eval())
-    stage, context = Quantize(Quantize.Config(calibration={"samples": 16})), context_of(learned)
-    parent = Network(learned.model)
-    write(onnx_of(stage.restore(parent, stage.run(parent, context), context), learned), tmp_path / "portable.onnx")
-    assert error(OpenVino(weight_bits=7), learned, tmp_path / "portable.onnx", tmp_path) < 0.05
+    assert error(OpenVino(weight_bits=7), learned, quantized(learned, tmp_path), tmp_path) < 0.05
     model = ir.load(tmp_path / "model.onnx")
     assert layers(model, "Conv") == {"key", "value", "head"}
     assert "query" in layers(model, "MatMul")
@@ -161,11 +151,7 @@ def test_outputs_keep_their_names(task, tmp_path) -> None:
 
     torch.manual_seed(0)
     two = replace(task, model=Heads().eval(), outputs=("one", "other"))
-    stage, context = Quantize(Quantize.Config(calibration={"samples": 16})), context_of(two)
-    parent = Network(two.model)
-    model = onnx_of(stage.restore(parent, stage.run(parent, context), context), two)
-    write(model, tmp_path / "portable.onnx")
-    model = ir.load(tmp_path / "portable.onnx")
+    model = ir.load(quantized(two, tmp_path))
     fold_weight_transposes(model)
     products_as_convolutions(model)
     assert layers(model, "Conv") == {"one", "other"}
