@@ -13,7 +13,7 @@ import torch
 from test_narrow import bright, error, quantized
 from torch import Tensor, nn
 
-from mmedge.lower.passes import fold_weight_transposes, layer_of, nodes, release
+from mmedge.lower.passes import add_constant, constant, fold_weight_transposes, layer_of, nodes, release
 from mmedge.lower.pointwise import products_as_convolutions
 from mmedge.stages.base import as_tensors, outputs_of
 from mmedge.targets.openvino import OpenVino
@@ -88,10 +88,14 @@ def test_what_is_not_in_int8_stays_a_product(task, portable) -> None:
     assert layers(model, "Conv") == CONVOLUTIONS - {"row"}
 
 
-def test_a_product_that_scales_stays(task, portable) -> None:
+@pytest.mark.parametrize("form", ["scaled", "with a row for a bias"])
+def test_a_product_that_no_convolution_is_stays(task, portable, form) -> None:
     model = ir.load(portable)
     (gemm,) = nodes(model, "Gemm")
-    gemm.attributes["alpha"] = ir.AttrFloat32("alpha", 0.5)
+    if form == "scaled":
+        gemm.attributes["alpha"] = ir.AttrFloat32("alpha", 0.5)
+    else:
+        gemm.replace_input_with(2, add_constant(model, "row", constant(gemm.inputs[2])[None]))
     fold_weight_transposes(model)
     before = logits(model, task)
     products_as_convolutions(model)

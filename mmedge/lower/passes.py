@@ -166,13 +166,13 @@ def release(
         if pair and not (keep_convolutions and ends_int8_convolution(pair[0].inputs[0])):
             node.replace_input_with(0, pair[0].inputs[0])
         dequantize.outputs[0].replace_all_uses_with(add_constant(model, f"{layer}.float", weights[layer]))
-        if layer in biases and (found := _bias_of(node, biases[layer].shape)):
+        if layer in biases and (found := bias_of(node, biases[layer].shape)):
             reader, index = found
             reader.replace_input_with(index, add_constant(model, f"{layer}.float_bias", biases[layer]))
     _fold_float_transposes(model)
 
 
-def _bias_of(node: ir.Node, shape: tuple[int, ...]) -> tuple[ir.Node, int] | None:
+def bias_of(node: ir.Node, shape: tuple[int, ...]) -> tuple[ir.Node, int] | None:
     """The node that adds a layer's bias, and as which input: the layer itself, or the sum behind a product."""
     readers = [use.node for use in node.outputs[0].uses() if use.node.op_type == "Add"]
     for reader in [node, *readers]:

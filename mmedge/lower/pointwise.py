@@ -13,6 +13,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from mmedge.lower.passes import (
     add_constant,
+    bias_of,
     constant,
     insert_dequantize,
     is_moved_pair,
@@ -65,8 +66,10 @@ def _weight(node: ir.Node) -> ir.Node | None:
     by_channel = not scale.ndim or weight.attributes.get_int("axis", 1) == _channel_axis(node)
     if stored.ndim != 2 or not by_channel:
         return None
-    biased = len(node.inputs) > 2 and node.inputs[2] is not None
-    return weight if not biased or _is_bias(node.inputs[2], node, stored) else None
+    if len(node.inputs) > 2 and node.inputs[2] is not None:  # one of another form has to go on being added
+        bias, end = _bias(node, weight)
+        return weight if bias and end is node else None
+    return weight
 
 
 def _arrays(weight: ir.Node) -> tuple[Array, Array]:
@@ -80,11 +83,6 @@ def _arrays(weight: ir.Node) -> tuple[Array, Array]:
 def _channel_axis(node: ir.Node) -> int:
     """Which axis of its weight a product's channels are."""
     return 0 if node.attributes.get_int("transB", 0) else 1
-
-
-def _is_bias(value: ir.Value | None, node: ir.Node, stored: Array) -> bool:
-    array = constant(value)
-    return array is not None and array.shape == (stored.shape[_channel_axis(node)],)
 
 
 def _rewrite(model: ir.Model, node: ir.Node, weight: ir.Node, rank: int) -> None:
@@ -110,17 +108,14 @@ def _rewrite(model: ir.Model, node: ir.Node, weight: ir.Node, rank: int) -> None
         model.graph.remove(node, safe=True)
 
 
-def _bias(node: ir.Node, weight: ir.Node) -> tuple[list[ir.Value], ir.Node]:
-    """A layer's bias, if there is one, and the node that gives the layer's result."""
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        return [node.inputs[2]], node
-    uses = list(node.outputs[0].uses())
-    if len(uses) == 1 and not node.outputs[0].is_graph_output() and uses[0].node.op_type == "Add":
-        add = uses[0].node
-        for value in add.inputs:
-            if value is not None and _is_bias(value, node, _arrays(weight)[0]):
-                return [value], add
-    return [], node
+def _bias(node: ir.Node, weight: ir.Node) -> tuple[list[ir.Value | None], ir.Node]:
+    """A layer's bias, if a constant of a number per channel is added and nothing else, and what gives the result."""
+    found = bias_of(node, (_arrays(weight)[0].shape[_channel_axis(node)],))
+    result = node.outputs[0]
+    if found is None or (found[0] is not node and (len(result.uses()) != 1 or result.is_graph_output())):
+        return [], node
+    end, index = found
+    return [end.inputs[index]], end
 
 
 def _kernel(model: ir.Model, node: ir.Node, weight: ir.Node, spatial: int) -> ir.Value:
