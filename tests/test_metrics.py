@@ -121,6 +121,26 @@ def test_recall_at_k_looks_within_a_gallery_only() -> None:
     assert metric.score({"image": both, "text": shifted}, np.arange(100)) == 0.5
 
 
+@pytest.mark.parametrize("gallery", [7, 300, 1000])
+def test_recall_at_k_of_galleries_is_the_mean_over_them(gallery: int) -> None:
+    """Many at once, one at a time, and a last one that is smaller."""
+    rng, pairs = np.random.default_rng(2), 4003
+    image = rng.standard_normal((pairs, 8)).astype(np.float32)
+    text, ids = image + rng.standard_normal((pairs, 8)).astype(np.float32), np.arange(pairs)
+    whole = metrics.recall_at_k("image", "text", 3)
+    parts = [slice(first, first + gallery) for first in range(0, pairs, gallery)]
+    alone = [whole.score({"image": image[part], "text": text[part]}, ids[part]) * len(ids[part]) for part in parts]
+    found = metrics.recall_at_k("image", "text", 3, gallery=gallery).score({"image": image, "text": text}, ids)
+    assert found == pytest.approx(sum(alone) / pairs)
+
+
+@pytest.mark.parametrize(("images", "texts", "targets"), [(20, 20, 10), (10, 10, 20), (10, 8, 10)])
+def test_recall_at_k_needs_a_target_per_pair(images: int, texts: int, targets: int) -> None:
+    outputs = {"image": np.eye(images, 4, dtype=np.float32), "text": np.eye(texts, 4, dtype=np.float32)}
+    with pytest.raises(TaskError, match=f"{images} and {texts} embeddings for {targets} targets"):
+        metrics.recall_at_k("image", "text", gallery=5).score(outputs, np.arange(targets))
+
+
 WRONG = {
     "which output": (metrics.accuracy(), "name the one that is judged: object, distance"),
     "unknown output": (metrics.accuracy("objects", 0), "object"),

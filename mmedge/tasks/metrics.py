@@ -17,6 +17,7 @@ from mmedge.tensors import Array
 if TYPE_CHECKING:
     from torch import Tensor
 
+SIMILARITIES = 1 << 20  # so many are in memory at once, unless one gallery has more
 Kind = Literal["accuracy", "precision", "recall", "f1_score"]
 
 
@@ -101,18 +102,30 @@ def recall_at_k(first: str, second: str, k: int = 1, *, gallery: int | None = No
         raise TaskError(f"recall@{k} in galleries of {gallery} pairs", fix="1 <= k <= gallery")
 
     def score(outputs: Mapping[str, Array], targets: Array) -> float:
-        import torch
-
-        one, other, ids = _output(outputs, first), _output(outputs, second), _column(targets, None)
-        hits = 0
-        for part in zip(*(tensor.split(gallery or len(ids)) for tensor in (one, other, ids)), strict=True):
-            near, same = part[0] @ part[1].T, part[2][:, None] == part[2]
-            for rows in (near, near.T):
-                nearest = rows.topk(min(k, len(rows))).indices
-                hits += int(torch.take_along_dim(same, nearest, 1).any(1).sum())
-        return hits / (2 * len(ids))
+        pairs = (_output(outputs, first), _output(outputs, second), _column(targets, None))
+        n = len(targets)
+        if any(len(each) != n for each in pairs):
+            rows = f"{len(pairs[0])} and {len(pairs[1])} embeddings for {n} targets"
+            raise TaskError(f"recall@{k} of {rows}", fix="give one target per pair")
+        size = gallery or n
+        whole, at_once = n // size * size, max(1, SIMILARITIES // size**2)
+        parts = [each[:whole].unflatten(0, (-1, size)).split(at_once) for each in pairs]
+        hits = sum(_found(one, other, ids, k) for one, other, ids in zip(*parts, strict=True))
+        if whole < n:
+            one, other, ids = (each[None, whole:] for each in pairs)
+            hits += _found(one, other, ids, k)
+        return hits / (2 * n)
 
     return Metric(f"recall@{k}", score, outputs=(first, second), together=gallery or 1)
+
+
+def _found(one: Tensor, other: Tensor, ids: Tensor, k: int) -> int:
+    """How often a match is among the ``k`` nearest, both ways; ``(galleries, n, dim)`` twice and ``(galleries, n)``."""
+    import torch
+
+    near, same = one @ other.mT, ids[:, :, None] == ids[:, None]
+    nearest = [rows.topk(min(k, rows.shape[-1])).indices for rows in (near, near.mT)]
+    return sum(int(torch.take_along_dim(same, indices, -1).any(-1).sum()) for indices in nearest)
 
 
 def _classification(
