@@ -220,23 +220,19 @@ def killed_after(steps: int, kept: Path, folder: Path, launcher: list[str], **or
             os.kill(worker, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["one", "two"])
-def test_a_killed_training_goes_on_at_its_step_and_ends_with_the_same_weights(tmp_path, launcher) -> None:
+def test_two_processes_that_are_killed_go_on_at_their_step_and_end_with_the_same_weights(tmp_path) -> None:
     """To the last bit, with dropout, batch statistics, fresh data and lost modalities, in the middle of an epoch."""
-    if launcher:
-        pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate")
     settings = {"match": "mse", "epochs": 2, "fresh": 0.3, "modality_dropout": 0.2, "precision": "fp32"}
     order = {"task": "statistics", "settings": settings}
-    whole, facts = done(tmp_path / "whole", launcher, **order)
+    whole, facts = done(tmp_path / "whole", TORCHRUN, **order)
     kept = tmp_path / "kept"
-    for steps in (3, 9) if not launcher else (9,):
-        killed_after(steps, kept, tmp_path / "killed", launcher, **order)
+    killed_after(9, kept, tmp_path / "killed", TORCHRUN, **order)
     reached = reached_in(kept)
-    weights, rest = done(tmp_path / "again", launcher, **order, kept=str(kept))
-    if launcher:  # no two processes drop out the same, nor any in two steps
-        # The first call only looks whether the loss has a gradient.
-        mine, its = rest["seeds"][1:], json.loads((tmp_path / "again" / "1.json").read_text())["seeds"][1:]
-        assert len({*mine, *its}) == 2 * len(mine) > 0
+    weights, rest = done(tmp_path / "again", TORCHRUN, **order, kept=str(kept))
+    # No two drop out the same, nor any in two steps. The first call only looks whether the loss has a gradient.
+    mine, its = rest["seeds"][1:], json.loads((tmp_path / "again" / "1.json").read_text())["seeds"][1:]
+    assert len({*mine, *its}) == 2 * len(mine) > 0
     assert 9 <= reached < 16
     assert rest["lines"] == [f"distill: resumes at step {reached} of 16"]
     assert rest["losses"] == facts["losses"][reached:]

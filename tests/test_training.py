@@ -354,18 +354,19 @@ def test_a_state_that_is_damaged_or_of_another_training_is_not_used(small_task, 
 
     train(0, tmp_path)
     (other,) = tmp_path.glob("*/step-*")
-    assert same(train(1, tmp_path), train(1))  # each has a folder of its own
+    alone = train(1)
+    assert same(train(1, tmp_path), alone)  # each has a folder of its own
     assert not said.lines
     (state,) = {*tmp_path.glob("*/step-*")} - {other}
     shutil.rmtree(state)
     shutil.copytree(other, state)
-    assert same(train(1, tmp_path), train(1))
+    assert same(train(1, tmp_path), alone)
     (line,) = said.lines
     assert f"{state}: it is of another training; kept as .unused-{state.name}" in line
     for number, damage in enumerate((_cut, _flip, _empty), 1):
         said.lines.clear()
         damage(state)
-        assert same(train(1, tmp_path), train(1))
+        assert same(train(1, tmp_path), alone)
         (line,) = said.lines
         assert "the training cannot be resumed" in line
         assert "it begins anew" in line

@@ -116,8 +116,7 @@ def task_check(spec: str, as_json: bool, quiet: bool, verbose: bool) -> None:
     found = load_task(spec, plugins.loaders("task"))
     done: dict[str, Any] = {"task": found.name}
     progress.say("model: weights, outputs, loss, metric")
-    check_model(found)
-    done["untrainable"] = untrainable(found)
+    done["untrainable"] = untrainable(found, check_model(found))
     progress.say("data: every batch of every split")
     check_repeatable(found)
     done["samples"] = check_splits(found, None)

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from mmedge.errors import MmedgeError, StageError, TargetError, TaskError
-from mmedge.stages.base import Network, as_tensor, as_tensors, outputs_of
+from mmedge.stages.base import Network, as_tensor, as_tensors, not_float32, outputs_of
 from mmedge.task import SPLITS, Batch, Split, Task
 from mmedge.tensors import DTYPES, Array
+
+EXPORTED_SAMPLES = 8  # that an exported model answers; a large one is slow
 
 
 def digest_of_task(task: Task) -> str:
@@ -28,8 +30,11 @@ def digest_of_task(task: Task) -> str:
     return digest.hexdigest()
 
 
-def check_model(task: Task) -> None:
+def check_model(task: Task) -> dict[str, torch.Tensor]:
     """Weights, outputs, loss and metric on one calibration batch.
+
+    Returns:
+        What the model says to that batch.
 
     Raises:
         TaskError: names what is wrong.
@@ -43,6 +48,7 @@ def check_model(task: Task) -> None:
     _check_loss(task, outputs, batch)
     for metric in (task.metric, *task.also):
         task.score({name: tensor.numpy() for name, tensor in outputs.items()}, batch.targets, metric)
+    return outputs
 
 
 def _check_weights(model: torch.nn.Module, where: str) -> None:
@@ -58,16 +64,10 @@ def _check_weights(model: torch.nn.Module, where: str) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             fix = "the checkpoint is damaged or training diverged: load another"
             raise TaskError(f"weight {name} holds NaN or infinite values", where=where, fix=fix)
-    for name, parameter in model.named_parameters():
-        # A number without axes lets other tensors keep their precision: torch.tensor(np.log(3)), float64, may stay.
-        if parameter.is_floating_point() and parameter.ndim and parameter.dtype != torch.float32:
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            raise TaskError(
-                f"weight {name} is {dtype}, not float32",
-                where=where,
-                fix=f"load it in float32: model.float(), and no casts to {dtype} in forward(); mmedge lowers the "
-                "precision itself",
-            )
+    if other := not_float32(model):
+        name, dtype = other
+        fix = f"load it in float32: model.float(), and no casts to {dtype} in forward(); mmedge lowers the precision"
+        raise TaskError(f"weight {name} is {dtype}, not float32", where=where, fix=f"{fix} itself")
 
 
 def _check_outputs(outputs: Mapping[str, torch.Tensor], batch: Batch, where: str) -> None:
@@ -85,9 +85,8 @@ def _check_outputs(outputs: Mapping[str, torch.Tensor], batch: Batch, where: str
 
 def _check_alone(task: Task, outputs: Mapping[str, torch.Tensor], batch: Batch) -> None:
     """Accuracy comes from batches and latency from single samples: both must be of the same network."""
-    first = Batch({name: array[:1] for name, array in batch.inputs.items()}, batch.targets[:1])
     try:
-        alone = _forward(task, first)
+        alone = _forward(task, _first(batch, 1))
     except TaskError as err:
         problem = f"it takes a batch of {len(batch)} and no single sample: {err.problem}"
         fix = "no fixed batch size in view(), reshape() or expand(): take x.shape[0] or -1"
@@ -101,6 +100,10 @@ def _check_alone(task: Task, outputs: Mapping[str, torch.Tensor], batch: Batch) 
         problem = f"output {name} depends on the other samples of the batch: the first one alone gives another answer"
         fix = "no statistics over the batch in eval mode: mean(0), a branch, BatchNorm with track_running_stats=False"
     raise TaskError(problem, where=f"task {task.name}: model", fix=fix)
+
+
+def _first(batch: Batch, samples: int) -> Batch:
+    return Batch({name: array[:samples] for name, array in batch.inputs.items()}, batch.targets[:samples])
 
 
 def _other_than(outputs: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> str:
@@ -157,13 +160,17 @@ def _check_loss(task: Task, outputs: Mapping[str, torch.Tensor], batch: Batch) -
         raise TaskError(f"is {float(loss)} on the trained model", where=where, fix="check the targets")
 
 
-def untrainable(task: Task) -> str | None:
-    """Why stages that train will refuse the task's own loss, None where they take it."""
+def untrainable(task: Task, outputs: Mapping[str, torch.Tensor]) -> str | None:
+    """Why stages that train will refuse the task's own loss, None where they take it.
+
+    Args:
+        task: checked.
+        outputs: of the model, for the first calibration batch.
+    """
     from mmedge.stages.distillation.student import check_gradient
 
-    batch = task.example()
     try:
-        check_gradient(task, _forward(task, batch), as_tensor(batch.targets))
+        check_gradient(task, outputs, as_tensor(task.example().targets))
     except StageError as err:
         return str(err)
     return None
@@ -247,7 +254,7 @@ def _check_same(task: Task, split: Split, seed: int, problem: str) -> None:
 
 
 def check_export(task: Task) -> None:
-    """Trace and export the trained model, and run the result in ONNX Runtime beside PyTorch.
+    """Trace and export the trained model, and run the result in ONNX Runtime beside PyTorch, on a few samples.
 
     Raises:
         StageError: it cannot be exported.
@@ -262,7 +269,7 @@ def check_export(task: Task) -> None:
 
     target = plugins.target("onnxruntime")
     target.check()
-    batch = task.example()
+    batch = _first(task.example(), EXPORTED_SAMPLES)
     with tempfile.TemporaryDirectory() as name:
         model, engine = Path(name) / "exported.onnx", Path(name) / "engine"
         engine.mkdir()

@@ -152,6 +152,17 @@ class Stage(ABC):
         """The result, from the stage's input ``network`` and what ``run`` kept."""
 
 
+def not_float32(module: nn.Module) -> tuple[str, str] | None:
+    """The path and the precision of the first weight that is not float32, None where all are.
+
+    A number without axes may stay: it lets other tensors keep their precision (``torch.tensor(np.log(3))``, float64).
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.ndim and parameter.dtype != torch.float32:
+            return name, str(parameter.dtype).removeprefix("torch.")
+    return None
+
+
 def as_tensors(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """NumPy inputs as torch tensors."""
     return {name: as_tensor(array) for name, array in inputs.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmedge.errors import StageError, unknown
-from mmedge.stages.base import Context, Network, as_tensor, as_tensors
+from mmedge.stages.base import Context, Network, as_tensor, as_tensors, not_float32
 from mmedge.stages.distillation.settings import Training, generated, pair_of
 from mmedge.stages.distillation.watch import Seen, Wanted, Watch
 from mmedge.stages.structure import deepest_first, keep_blocks, runs_of
@@ -42,6 +42,10 @@ def of_task(context: Context) -> nn.Module:
     if not isinstance(student, nn.Module):
         problem, fix = f"student() returned {type(student).__name__}", "return a torch.nn.Module"
         raise StageError(problem, where=f"task {task.name}", fix=fix)
+    if other := not_float32(student):
+        name, dtype = other
+        fix = "return student.float(); the setting precision: bf16 or fp16 trains in it"
+        raise StageError(f"the student's weight {name} is {dtype}, not float32", where=f"task {task.name}", fix=fix)
     return student.eval()
 
 
