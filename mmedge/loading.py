@@ -6,9 +6,11 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import logging
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from keyword import iskeyword
 from pathlib import Path
@@ -34,6 +36,25 @@ def load_task(spec: str, entry_points: Mapping[str, Callable[[], Callable[[], An
         UsageError: there is no such task.
         TaskError: its code fails or returns something else.
     """
+    with _torchao_quiet():
+        return _loaded(spec, entry_points)
+
+
+@contextmanager
+def _torchao_quiet() -> Iterator[None]:
+    """transformers loads torchao, which then names libraries for GPUs that it misses: nothing about the task."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _loaded(spec: str, entry_points: Mapping[str, Callable[[], Callable[[], Any]]]) -> Task:
     maker, _, about = spec.partition(":")
     function: Callable[..., Any]
     if maker in MAKERS:

@@ -292,6 +292,15 @@ def test_audio_of_datasets_is_read_without_a_decoder(specs, tmp_path) -> None:
     assert features.std() > 0.1
 
 
+def test_loading_says_nothing_of_libraries_that_transformers_misses(specs) -> None:
+    """In a process of its own: torchao says it once, when it is first loaded."""
+    code = (
+        f"import sys; from mmedge.loading import load_task; load_task({specs['vit']!r}, {{}}); sys.modules['torchao']"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_importing_loads_no_transformers() -> None:
     code = (
         "import json, sys, mmedge.tasks.hf\n"
