@@ -85,9 +85,10 @@ def alone(spec: str, samples: int) -> dict[str, float]:
     from mmedge.loading import load_task
     from mmedge.progress import Progress
     from mmedge.stages.base import Network
-    from mmedge.stages.quantization.calibration import Calibration, statistics
+    from mmedge.stages.quantization.calibration import statistics
     from mmedge.stages.quantization.prepared import measure_weights
     from mmedge.stages.quantization.ranges import set_ranges
+    from mmedge.stages.quantization.settings import Calibration
     from mmedge.stages.quantize import prepare
 
     task = load_task(spec, plugins.loaders("task"))

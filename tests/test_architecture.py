@@ -193,6 +193,19 @@ for arguments in {COMMANDS!r}:
     assert found == {step: [] for step in ["import mmedge", *map(" ".join, COMMANDS)]}
 
 
+def test_planning_a_run_loads_no_exporter_and_no_quantizer() -> None:
+    """They take as long as torch, and neither a mistake in a recipe nor a run that finds everything made needs them."""
+    steps = """
+import mmedge.pipeline.compress
+from mmedge.recipe import find_recipe, load_recipe, plan
+plan(load_recipe(find_recipe("int8_distill")), "int8_distill")
+slow = ("torchao", "torch._dynamo", "onnx_ir", "onnxscript", "sympy")
+found["torch"] = "torch" in sys.modules
+found["slow"] = [name for name in slow if name in sys.modules]
+"""
+    assert heavy_after(steps) == {"torch": True, "slow": []}
+
+
 def test_heavy_is_seen() -> None:
     assert heavy_after("import onnx; found['onnx'] = heavy()") == {"onnx": ["onnx"]}
 

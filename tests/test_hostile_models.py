@@ -265,9 +265,18 @@ def broken() -> nn.Module:
     raise KeyError("weights")
 
 
+def half() -> nn.Module:
+    return Net(nn.Identity()).bfloat16()
+
+
 @pytest.mark.parametrize(
     ("student", "said"),
-    [(broken, "student() raised KeyError"), (list, "student() returned list"), (Bare, "no parameters to train")],
+    [
+        (broken, "student() raised KeyError"),
+        (list, "student() returned list"),
+        (Bare, "no parameters to train"),
+        (half, "is bfloat16, not float32"),
+    ],
 )
 def test_a_student_that_is_none_is_refused(student: Any, said: str) -> None:
     task = replace(task_of(Net(nn.Identity()), {"signal": (4,)}), student=student)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -359,6 +360,22 @@ class Learned(nn.Module):
         return self.o(mixed.transpose(1, 2).flatten(2))
 
 
+class Looking(nn.Module):
+    """Learned queries that look at one another before they look at the input, as those of DETR and of the Q-Former."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents, self.norm = nn.Parameter(torch.randn(1, 4, 32)), nn.LayerNorm(32)
+        self.own, self.cross = (nn.MultiheadAttention(32, 4, batch_first=True) for _ in range(2))
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.latents.expand(x.shape[0], -1, -1))
+        y = self.norm(y + self.own(y, y, y, need_weights=False)[0])
+        y = self.norm(y + self.cross(y, x, x, need_weights=False)[0])
+        return y + self.down(F.gelu(self.up(y)))
+
+
 @pytest.mark.parametrize("given", ["parameter", "linear", "sdpa", "varying"])
 def test_attention_of_learned_queries_is_not_rounded_and_the_report_says_why(given) -> None:
     """How many samples there are is all that such queries know of the input."""
@@ -366,12 +383,24 @@ def test_attention_of_learned_queries_is_not_rounded_and_the_report_says_why(giv
     _, edits = prepare(Network(task.model), task, ())
     assert bool(edits["attention"]) is (given == "varying")
     assert ("do not depend on the inputs" in edits["skipped"].get("model", "")) is (given != "varying")
+    assert ("the same for all samples" in edits["skipped"].get("q", "")) is (given == "linear")
 
 
-def test_openvino_answers_the_same_each_time_with_learned_queries(tmp_path) -> None:
-    """In INT8 such attention is right once and wrong from the second query on, and so are constants left in INT8."""
+def test_a_layer_is_in_int8_where_one_of_its_uses_reads_the_input() -> None:
+    class Shared(Learned):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(self.q(self.latents) + self.q(x)[:, :4])
+
+    task = values_task(Shared("parameter"), 6, 32)
+    _, edits = prepare(Network(task.model), task, ())
+    assert (set(edits["quantized"]), edits["skipped"]) == ({"q", "o"}, {})
+
+
+@pytest.mark.parametrize("module", [partial(Learned, "parameter"), Looking])
+def test_openvino_answers_the_same_each_time_with_learned_queries(tmp_path, module) -> None:
+    """In INT8 their products are right once and wrong from the second query on, and so are constants left in INT8."""
     torch.manual_seed(0)
-    task = values_task(Learned("parameter"), 6, 32)
+    task = values_task(module(), 6, 32)
     _, portable = reader_task.quantized(task, tmp_path / "portable.onnx")
     shape_for(portable, OpenVino().lowering, tmp_path / "model.onnx")
     batch = task.example()

@@ -132,8 +132,8 @@ class Learned(nn.Module):
         return self.head((queries + mixed).flatten(1))
 
 
-def test_what_is_the_same_for_all_samples_stays_a_product(task, tmp_path) -> None:
-    """OpenVINO writes over it as convolutions run, so that the second query is answered from something else."""
+def test_what_is_the_same_for_all_samples_is_no_convolution(task, tmp_path) -> None:
+    """OpenVINO would write over it as convolutions run, so that the second query is answered from something else."""
     torch.manual_seed(0)
     learned = replace(task, model=Learned().eval())
     assert error(OpenVino(weight_bits=7), learned, quantized(learned, tmp_path), tmp_path) < 0.05

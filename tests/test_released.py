@@ -63,8 +63,8 @@ def rover() -> Task:
 @pytest.mark.parametrize(
     ("task", "released_layers"),
     [
-        (rover, [("join",), ("skip", "head"), ("up", "join", "head")]),
-        (reader_task.task, [("patch", "head"), ("up", "o", "model")]),
+        (rover, [(), ("join",), ("skip", "head"), ("up", "join", "head")]),
+        (reader_task.task, [(), ("patch", "head"), ("up", "o", "model")]),
     ],
 )
 def test_pytorch_rounds_where_the_graph_of_an_engine_does(
@@ -89,7 +89,8 @@ def test_pytorch_rounds_where_the_graph_of_an_engine_does(
         found = dict(zip(given.outputs, graph.run(None, dict(batch.inputs)), strict=True))
         module = released(network.prepared, network.exact, layers, keep_convolutions=outputs == "all")
         assert parity(answers(module, given, batch), found)["cosine"] > 0.999999
-        assert parity(whole, found)["cosine"] < 0.99999
+        if layers:
+            assert parity(whole, found)["cosine"] < 0.99999
 
 
 def answers(module: nn.Module, task: Task, batch: Batch) -> dict[str, np.ndarray]:

@@ -15,12 +15,12 @@ from mmedge.errors import StageError
 from mmedge.lower.attention import attention
 from mmedge.lower.passes import weight_of
 from mmedge.lower.shape import save
+from mmedge.lower.versions import OPSET
 from mmedge.stages.base import Network
 from mmedge.stages.trace import TOP, layer_name, module_name, program_of, quiet, without_wrappers
 from mmedge.stages.trace import weight_of as weight_of_node
 from mmedge.task import Task
 
-OPSET = 20  # TensorRT 10.3 (JetPack 6.2) parses it, and it has Gelu and per-axis DequantizeLinear
 SCOPES = "pkg.torch.onnx.name_scopes"
 LAYERS = ("aten.conv", "aten.linear")  # in a traced graph
 KERNELS = ("Conv", "ConvTranspose", "MatMul", "Gemm")  # what they and products with a parameter become in ONNX

@@ -30,14 +30,12 @@ RANKS = (2, 3, 4)  # of a layer's input: one pixel, a row of them, a plane
 def products_as_convolutions(model: ir.Model) -> None:
     """Write INT8 matrix products, each with its bias, as convolutions with a kernel of one.
 
-    Integers and scales stay the same. Products whose input has more than four axes, or no known number of them, stay;
-    and those of what is the same for all samples (learned queries), which OpenVINO 2026.4 would overwrite as it runs.
+    Integers and scales stay the same. Products whose input has more than four axes, or no known number of them, stay.
 
     Args:
         model: a Q/DQ graph.
     """
-    seen = _of_inputs(model)
-    products = [node for node in nodes(model, "MatMul", "Gemm") if node.inputs[0] in seen and _weight(node) is not None]
+    products = [node for node in nodes(model, "MatMul", "Gemm") if _weight(node) is not None]
     if not products:
         return
     ShapeInferencePass(strict_mode=False)(model)
@@ -46,15 +44,6 @@ def products_as_convolutions(model: ir.Model) -> None:
         rank = len(value.shape) if value is not None and value.shape is not None else 0
         if weight is not None and rank in RANKS:
             _rewrite(model, node, weight, rank)
-
-
-def _of_inputs(model: ir.Model) -> set[ir.Value | None]:
-    """What depends on the values of the graph's inputs, not on their sizes alone."""
-    found: set[ir.Value | None] = set(model.graph.inputs)
-    for node in model.graph:
-        if node.op_type != "Shape" and not found.isdisjoint(node.inputs):
-            found.update(node.outputs)
-    return found
 
 
 def _weight(node: ir.Node) -> ir.Node | None:

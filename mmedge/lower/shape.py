@@ -22,7 +22,6 @@ from mmedge.tensors import Array
 
 INLINE_LIMIT = 1_500_000_000  # bytes; a protobuf message ends at 2 GiB
 LARGE_TENSOR = 1 << 16  # bytes; smaller ones, all scales among them, stay in the graph
-VERSION = 12  # raise it when a pass changes: cached engines expire
 
 
 @dataclass(frozen=True)

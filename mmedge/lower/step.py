@@ -24,7 +24,6 @@ from mmedge.targets.onnxruntime import OnnxRuntime
 from mmedge.task import Component, Piece
 from mmedge.tensors import Array
 
-VERSION = 1  # raise it when what is made here changes: cached graphs expire
 SAMPLES, STEPS = 2, 16  # compared with the whole decoder when a step is made
 FLOAT, ROUNDED = 1e-3, 0.1  # how far its outputs may be off, relative to the largest; where INT8 rounds, a step of it
 

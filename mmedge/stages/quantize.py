@@ -15,8 +15,7 @@ from typing_extensions import Self
 
 from mmedge.errors import StageError, unknown
 from mmedge.stages.base import Context, Network, Saved, Stage, StageConfig, as_tensors, outputs_of
-from mmedge.stages.quantization.calibration import Calibration, observe, outliers
-from mmedge.stages.quantization.ranges import set_ranges
+from mmedge.stages.quantization.settings import Calibration
 from mmedge.stages.trace import graph_of, quiet, without_wrappers
 from mmedge.task import Task
 
@@ -49,7 +48,7 @@ class Quantize(Stage):
 
     name = "quantize"
     gives = "qdq"
-    version = 7
+    version = 8
 
     class Config(StageConfig):
         """Settings of ``quantize``.
@@ -272,7 +271,9 @@ def _same_values(network: Network, prepared: GraphModule, task: Task) -> None:
 
 def _calibrated(work: _Work) -> Mapping[str, Any]:
     """Ranges from the calibration split; with SmoothQuant folded in, from a second pass."""
+    from mmedge.stages.quantization.calibration import observe, outliers
     from mmedge.stages.quantization.prepared import seen_by
+    from mmedge.stages.quantization.ranges import set_ranges
     from mmedge.stages.quantization.smoothing import smooth
 
     settings = work.config.calibration

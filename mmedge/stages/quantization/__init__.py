@@ -5,8 +5,3 @@ One *prepared graph* goes through all of it: the traced network with a ``Range``
 accuracy by changing weights only; ``sensitivity`` says what each group of layers costs; ``simulate`` makes a graph that
 rounds as the engine will, for measuring and for training; ``prepared.converted`` turns ranges into Q/DQ pairs.
 """
-
-from mmedge.stages.trace import quiet
-
-with quiet():  # torchao reports accelerator libraries that a CPU does not need, once, when it loads
-    import torchao.quantization.pt2e  # noqa: F401

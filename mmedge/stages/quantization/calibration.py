@@ -10,17 +10,15 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mmedge.errors import StageError
 from mmedge.progress import Progress
-from mmedge.stages.base import Context, StageConfig, as_tensors
+from mmedge.stages.base import Context, as_tensors
 from mmedge.stages.quantization.operators import CONCAT, POOLING, RESHAPING
 from mmedge.stages.quantization.prepared import TINY, Range, channel_axes, ranges_of, seen_by
 from mmedge.task import Task
@@ -32,27 +30,6 @@ PART = 1 << 18  # elements that are counted at once: what they need besides fits
 SMALLEST = TINY * 128  # range of a histogram at the start: no scale is smaller than ``TINY``
 OUTLYING = 20.0  # largest value over the 99.9th percentile: 127 levels leave less than 7 to the other values
 VERSION = 2  # raise it when the same data gives other statistics: remembered ones expire
-
-
-class Calibration(StageConfig):
-    """How ranges of activations are found; only the calibration split is ever used.
-
-    Attributes:
-        samples: so many of the first calibration samples are run.
-        observer: where values are clipped.
-            ``mse`` where the expected squared error of rounding and clipping is least (the criterion of Banner et al.
-            2019, "Post training 4-bit quantization", on the measured distribution);
-            ``entropy`` where the clipped and rounded distribution has the least Kullback-Leibler divergence from the
-            true one (Migacz 2017, "8-bit Inference with TensorRT");
-            ``percentile`` at a percentile of the magnitudes (McKinstry et al. 2018; Wu et al. 2020, "Integer
-            Quantization for Deep Learning Inference");
-            ``minmax`` nowhere: the largest magnitude is the range (Jacob et al. 2018).
-        percentile: of the magnitudes, zeros included, for ``percentile``; above 50, at most 100.
-    """
-
-    samples: int = Field(256, ge=1)
-    observer: Literal["mse", "entropy", "percentile", "minmax"] = "mse"
-    percentile: float = Field(99.99, gt=50, le=100)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ concatenation with one shared scale; max pooling with the scale of its input, av
 Norms, softmax and activations that are not ReLU stay floating point. Queries, keys and values of attention are observed
 too, for targets that run its products in INT8: attention is found by what it is, no flag tells that a model has it.
 Beyond 512 tokens its products stay floating point (after NVIDIA's Model Optimizer), and so do those with learned
-queries and any other product of two activations.
+queries, layers that read what is the same for all samples, and any other product of two activations.
 
 The outputs of convolutions are observed too: ONNX Runtime runs a convolution in INT8 only where its output is
 quantized, while TensorRT wants none there, so ``mmedge.lower`` takes them away for it.
@@ -20,13 +20,6 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.quantizer import (
-    QuantizationAnnotation,
-    QuantizationSpec,
-    Quantizer,
-    SharedQuantizationSpec,
-)
-from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 from mmedge.stages.quantization.operators import (
     ADD,
@@ -50,12 +43,22 @@ from mmedge.stages.quantization.operators import (
     why_float,
 )
 from mmedge.stages.quantization.prepared import Range
-from mmedge.stages.trace import layer_name, module_name
+from mmedge.stages.trace import layer_name, module_name, quiet
+
+with quiet():  # see ``prepared``
+    from torchao.quantization.pt2e.quantizer import (
+        QuantizationAnnotation,
+        QuantizationSpec,
+        Quantizer,
+        SharedQuantizationSpec,
+    )
+    from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
 FIXED = (
     "(only the products of its attention) its queries, keys or values do not depend on the inputs, "
     "and with such ones OpenVINO 2026.4 answers wrong from the second query on"
 )
+SAME = "what it reads is the same for all samples, and such values in INT8 OpenVINO 2026.4 overwrites as it runs"
 ACTIVATION = QuantizationSpec(
     dtype=torch.int8,
     quant_min=-128,
@@ -103,8 +106,11 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
         self.attention.clear()
         self.skipped.clear()
         nodes = list(model.graph.nodes)
-        for node in filter(is_weighted, nodes):
-            self._annotate_weighted(node)
+        inputs = varying(nodes)
+        weighted = list(filter(is_weighted, nodes))
+        varied = {layer_name(node) for node in weighted if node.args[0] in inputs}  # in one of its uses at least
+        for node in weighted:
+            self._annotate_weighted(node, layer_name(node) in varied)
         self.skipped += [Skipped(layer_name(node), reason) for node in nodes if (reason := why_float(node))]
         for node in nodes:
             if node.target in ADD:
@@ -114,20 +120,19 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
                 _annotate_pooling(node)
             elif node.target in CONCAT:
                 _annotate_concat(node)
-        inputs = varying(nodes)
         fixed = {module_name(node) for node in nodes if not inputs.issuperset(attended(node))}
         partly = {module_name(node) for node in nodes if not self._linear_layers(node) <= set(self.quantized)}
         for node in nodes:
-            if (operands := attended(node)) and module_name(node) not in partly:
+            if (operands := attended(node)) and (module_name(node) not in partly or module_name(node) in fixed):
                 self._annotate_attention(node, operands, module_name(node) in fixed)
         return model
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: ``annotate`` only marks what the rules allow."""
 
-    def _annotate_weighted(self, node: Node) -> None:
+    def _annotate_weighted(self, node: Node, varies: bool) -> None:
         name = layer_name(node)
-        if reason := self._reason_to_skip(node, name):
+        if reason := self._reason_to_skip(node, name) or ("" if varies else SAME):
             self.skipped.append(Skipped(name, reason))
             return
         data, weight = node.args[0], node.args[1]

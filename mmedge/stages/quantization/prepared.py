@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.observer import ObserverBase
 
 from mmedge.stages.quantization.operators import CHANNEL_AXIS, LINEAR, RESHAPING, attended, is_weighted, softmax_of
 from mmedge.stages.trace import layer_name, module_name, quiet
+
+with quiet():  # torchao reports accelerator libraries that a CPU does not need, once, when it loads
+    from torchao.quantization.pt2e.observer import ObserverBase
 
 TINY = 2.0**-20  # smallest scale: of a tensor that is always zero
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch.fx import GraphModule
 
-from mmedge.stages.quantization.calibration import Calibration, Seen
+from mmedge.stages.quantization.calibration import Seen
 from mmedge.stages.quantization.prepared import ranges_of
+from mmedge.stages.quantization.settings import Calibration
 from mmedge.tensors import Array
 
 LEVELS = 127  # above zero
