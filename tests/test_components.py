@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
+from unittest.mock import Mock, create_autospec
 
 import numpy as np
 import onnx_ir as ir
@@ -20,12 +21,14 @@ from mmedge.lower.cut import cut, specs_of
 from mmedge.lower.export import onnx_of
 from mmedge.pipeline.compress import Job, compress
 from mmedge.pipeline.device import _Device, build_here
+from mmedge.pipeline.line import Line
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe
 from mmedge.report.html import render
 from mmedge.report.model import Report, Result
 from mmedge.report.terminal import show
 from mmedge.stages.base import Network
+from mmedge.stages.quantize import Quantize
 from mmedge.task import Batch, Component, Metric, Task
 from mmedge.tensors import TensorSpec
 
@@ -139,8 +142,12 @@ def test_wrong_components_are_refused_with_the_task(components, problem) -> None
 
 
 @pytest.mark.parametrize("stages", [[], [{"quantize": {"calibration": {"samples": 32, "observer": "minmax"}}}]])
-def test_each_component_is_an_engine_that_gives_the_whole_networks_values(tmp_path, stages) -> None:
-    report = run(tmp_path / "run", ["onnxruntime", "openvino"], stages)
+def test_each_component_is_an_engine_that_gives_the_whole_networks_values(tmp_path, monkeypatch, stages) -> None:
+    with monkeypatch.context() as patch:
+        restore = create_autospec(Quantize.restore, side_effect=Quantize.restore)
+        patch.setattr(Quantize, "restore", restore)
+        report = run(tmp_path / "run", ["onnxruntime", "openvino"], stages)
+    assert restore.call_count == (2 if stages else 0)  # when it is made, and for its parts after its memory was let go
     for target in ("onnxruntime", "openvino"):
         whole = result_of(report, -1, target)
         assert [part.name for part in whole.components] == ["encoder", "decoder"]
@@ -162,6 +169,11 @@ def test_each_component_is_an_engine_that_gives_the_whole_networks_values(tmp_pa
         f"baseline on openvino: mean_logit {result_of(report, 0, 'openvino').accuracy.others['mean_logit']:.4g}" in text
     )
     assert "decoder alone on openvino: p50" in render(report)
+    with monkeypatch.context() as patch:  # nothing is new: neither network nor answers are made again
+        patch.setattr(Quantize, "restore", Mock(side_effect=AssertionError))
+        patch.setattr(Line, "reference", Mock(side_effect=AssertionError))
+        again = run(tmp_path / "run", ["onnxruntime", "openvino"], stages)
+    assert again.stages == report.stages
 
 
 def test_a_device_builds_and_measures_the_components_as_well(tmp_path) -> None:

@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from command import Outcome, mmedge
 
 from mmedge.artifact import load_artifact
 from mmedge.cli.runs import command_line
@@ -66,9 +69,9 @@ def finished(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     return compress(job(load_recipe(recipe_file), tmp_path_factory.mktemp("runs") / "run"), Progress())
 
 
-def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "mmedge.cli.main", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    return partial(mmedge, monkeypatch, capfd)
 
 
 def test_the_report_holds_every_stage_with_its_own_measurements(finished) -> None:
@@ -154,11 +157,11 @@ def test_a_damaged_artifact_is_noticed_set_aside_and_made_again(finished, recipe
     load_artifact(engine)
 
 
-def test_a_target_can_be_added_later_and_costs_no_training(finished) -> None:
+def test_a_target_can_be_added_later_and_costs_no_training(finished, command) -> None:
     report, folder = finished
     result = command("build", str(folder.path), "--target", "openvino", "--json", "-q")
-    assert result.returncode == 0, result.stderr
-    wider = Report.model_validate_json(result.stdout)
+    assert result.status == 0, result.err
+    wider = Report.model_validate_json(result.out)
     assert wider.targets == ["onnxruntime", "openvino"]
     assert [stage.digest for stage in wider.stages] == [stage.digest for stage in report.stages]
     assert wider.rows("openvino")[-1][1].accuracy.value > 0.9
@@ -185,28 +188,28 @@ def test_a_target_that_fails_says_that_the_others_need_not(recipe_file, tmp_path
     assert {path: path.stat().st_mtime_ns for path in folder.artifacts.rglob("*.onnx")} == engines
 
 
-def test_profile_measures_again_and_keeps_the_old_timing(finished) -> None:
+def test_profile_measures_again_and_keeps_the_old_timing(finished, command) -> None:
     report, folder = finished
     before = len(list(folder.artifacts.glob("timing-onnxruntime-*")))
     result = command("profile", str(folder.path), "--queries", "70", "-q", "--json")
-    assert result.returncode == 0, result.stderr
+    assert result.status == 0, result.err
     assert len(list(folder.artifacts.glob("timing-onnxruntime-*"))) == before
     assert list(folder.artifacts.glob(".replaced-timing-onnxruntime-*"))
     assert Report.load(folder.path).command == report.command  # what makes the run again, not what measured it again
 
 
-def test_one_engine_can_be_profiled_alone(finished) -> None:
+def test_one_engine_can_be_profiled_alone(finished, command) -> None:
     report, folder = finished
     engine = folder.path / report.stages[-1].results[0].artifact
     result = command("profile", str(engine), "--queries", "64", "--json", "-q")
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+    assert result.status == 0, result.err
+    found = json.loads(result.out)
     assert found["latency_ms"]["p50"] > 0
     assert found["latency_ms"]["p99"] is None
     weights = next(folder.artifacts.glob("distill-*/weights.safetensors")).parent
     wrong = command("profile", str(weights))
-    assert wrong.returncode == 2
-    assert "not an engine" in wrong.stderr
+    assert wrong.status == 2
+    assert "not an engine" in wrong.err
 
 
 def test_another_runs_folder_is_refused_and_left_alone(finished, recipe_file) -> None:
@@ -225,15 +228,15 @@ def edit(file: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["profile"], ["build", "--target", "torch"]])
-def test_a_report_is_not_replaced_by_that_of_another_task(finished, tmp_path, arguments) -> None:
+def test_a_report_is_not_replaced_by_that_of_another_task(finished, tmp_path, arguments, command) -> None:
     """Another file of the same name, other weights, other data: all that ``run.json`` tells is another digest."""
     run = shutil.copytree(finished[1].path, tmp_path / "run")
     edit(run / "run.json", task_digest="of the task as it was")
     before = (run / "report.json").read_bytes()
     refused = command(arguments[0], str(run), *arguments[1:], "-q")
-    assert refused.returncode == 2
-    assert "is not the one that this run was made of" in refused.stderr
-    assert "--fresh" in refused.stderr
+    assert refused.status == 2
+    assert "is not the one that this run was made of" in refused.err
+    assert "--fresh" in refused.err
     assert (run / "report.json").read_bytes() == before
 
 
@@ -310,17 +313,17 @@ def test_two_at_once_are_kept_apart(tmp_path) -> None:
         pass
 
 
-def test_a_failed_gate_ends_with_status_3_and_a_whole_report(recipe_file, tmp_path) -> None:
+def test_a_failed_gate_ends_with_status_3_and_a_whole_report(recipe_file, tmp_path, command) -> None:
     folder = tmp_path / "run"
     arguments = ["--recipe", str(recipe_file), "--output", str(folder), "-q"]
     strict = ["--set", "gates.max_drop=-1", "--set", "stages.distill.epochs=1", "--set", "gates.after={}"]
     result = command("compress", *arguments, *strict)
-    assert result.returncode == 3, result.stderr
+    assert result.status == 3, result.err
     report = Report.load(folder)
     assert report.verdict == "fail"
     assert [stage.name for stage in report.stages] == ["baseline", "prune", "distill", "quantize"]
     assert report.gates[0].verdict == "fail"
-    assert command("report", str(folder)).returncode == 3
+    assert command("report", folder).status == 3
 
 
 def test_a_gate_that_fails_after_a_stage_stops_the_line(recipe_file, tmp_path) -> None:
@@ -356,8 +359,12 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(finished, recipe_file
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interrupted_it_says_how_to_go_on_and_leaves_no_temporary_folder(recipe_file, tmp_path, number) -> None:
-    folder = tmp_path / "run"
+def test_interrupted_it_says_how_to_go_on_and_leaves_no_temporary_folder(
+    finished, recipe_file, tmp_path, number
+) -> None:
+    folder = shutil.copytree(finished[1].path, tmp_path / "run")
+    for timing in folder.glob("artifacts/timing-*"):  # what is left to do, with files outside the run folder
+        shutil.rmtree(timing)
     line = [sys.executable, "-m", "mmedge.cli.main", "compress", "--recipe", str(recipe_file), "--output", str(folder)]
     heard = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731  (a shell's background jobs ignore some)
     with subprocess.Popen(

@@ -6,8 +6,9 @@ PyTorch's outputs of the whole network. Device side: neither torch nor onnx.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from mmedge.targets.base import Runner, Target
 from mmedge.targets.decoding import Cache, Decoding
 from mmedge.tensors import Array, Arrays
 
+VERSION = 1  # raise it when agreement is found in another way: kept values expire
 INSIDE = "PyTorch gives no such values; what is made of them agrees or does not"
 
 
@@ -37,13 +39,15 @@ class Parts:
         stage: whose network.
         target: in the form that built the engines.
         engines: by component; each says what it reads and makes.
-        expected: PyTorch's outputs of the whole network for the first samples.
+        expected: ``expected()`` gives PyTorch's outputs of the whole network for the first samples.
+        data: digest of what the samples and these outputs come from.
     """
 
     stage: str
     target: Target
     engines: Mapping[str, Artifact]
-    expected: Arrays
+    expected: Callable[[], Arrays]
+    data: str
 
     def in_order(self) -> Iterator[tuple[str, Artifact]]:
         """The engines, each after those whose outputs it reads."""
@@ -53,6 +57,11 @@ class Parts:
             ready = [name for name, engine in waiting.items() if {made.get(i, name) for i in reads(engine)} == {name}]
             for name in ready or list(waiting):  # none is ready: two read each other, and running them will say so
                 yield name, waiting.pop(name)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the engines."""
+        return {name: engine.digest for name, engine in self.engines.items()}
 
 
 def reads(engine: Artifact) -> list[str]:
@@ -85,11 +94,52 @@ def steps(run: Runner, engine: Artifact, values: Arrays) -> tuple[Arrays, dict[s
 
 
 @dataclass
+class Relay:
+    """The components of one network run one after the other, once, when somebody first asks for what came of it.
+
+    Attributes:
+        parts: the components.
+        samples: inputs of the whole network.
+    """
+
+    parts: Parts
+    samples: Arrays
+
+    @property
+    def fed(self) -> dict[str, Arrays]:
+        """What each component read."""
+        return self._done[0]
+
+    @property
+    def agreement(self) -> dict[str, dict[str, float]]:
+        """With PyTorch, of each component that makes outputs of the whole network."""
+        return self._done[1]
+
+    @cached_property
+    def _done(self) -> tuple[dict[str, Arrays], dict[str, dict[str, float]]]:
+        parts, expected = self.parts, self.parts.expected()
+        values: dict[str, Array] = dict(self.samples)
+        fed: dict[str, Arrays] = {}
+        found = {}
+        for name, engine in parts.in_order():
+            with parts.target.runner(engine.path, processors()) as run:
+                if "cache" in engine.about:
+                    fed[name], answers = steps(run, engine, values)
+                else:
+                    fed[name] = {key: values[key] for key in reads(engine)}
+                    answers = run(fed[name])
+            values |= answers
+            if known := {key: expected[key] for key in engine.about["outputs"] if key in expected}:
+                found[name] = parity(known, {key: answers[key] for key in known})
+        return fed, found
+
+
+@dataclass
 class Bench:
     """Where components are measured.
 
     Attributes:
-        store: keeps timings.
+        store: keeps what was measured.
         profile: how to time.
         samples: inputs of the whole network.
         progress: for the user.
@@ -106,53 +156,45 @@ class Bench:
         """The components of the baseline and of the last network of a run, measured side by side."""
         if self.why_not is not None:
             return self._rows(first, {}, {}), self._rows(last, {}, {})
-        fed, same = self._run(first)
-        fed_last, same_last = (fed, same) if last is first else self._run(last)
-        times = self._times(first, last, fed, fed_last)
-        return self._rows(first, same, times), self._rows(last, same_last, times)
+        relays = {parts.stage: Relay(parts, self.samples) for parts in (first, last)}
+        same = {stage: self._agreement(relay) for stage, relay in relays.items()}
+        times = self._times(list(relays.values()))
+        return self._rows(first, same[first.stage], times), self._rows(last, same[last.stage], times)
 
-    def _run(self, parts: Parts) -> tuple[dict[str, Arrays], dict[str, dict[str, float]]]:
-        """What each component read as they ran one after the other, and its agreement with PyTorch."""
-        values: dict[str, Array] = dict(self.samples)
-        fed: dict[str, Arrays] = {}
-        found = {}
-        for name, engine in parts.in_order():
-            with parts.target.runner(engine.path, processors()) as run:
-                if "cache" in engine.about:
-                    fed[name], answers = steps(run, engine, values)
-                else:
-                    fed[name] = {key: values[key] for key in reads(engine)}
-                    answers = run(fed[name])
-            values |= answers
-            if known := {key: parts.expected[key] for key in engine.about["outputs"] if key in parts.expected}:
-                found[name] = parity(known, {key: answers[key] for key in known})
-        return fed, found
+    def _agreement(self, relay: Relay) -> dict[str, Any]:
+        parts = relay.parts
+        inputs = {"engines": parts.digests, "data": parts.data, "version": VERSION}
+        name = place_name(f"{parts.stage}-{parts.target.name}-components")
+        return self.store.values(name, inputs, lambda: relay.agreement)
 
-    def _times(
-        self, first: Parts, last: Parts, fed: Mapping[str, Arrays], fed_last: Mapping[str, Arrays]
-    ) -> dict[str, Any]:
+    def _times(self, relays: Sequence[Relay]) -> dict[str, Any]:
         """By component and stage: see ``timings``. Each network gets what its own components made."""
-        sides = [first] if last.stage == first.stage else [first, last]
         inputs = {
-            "engines": [{name: engine.digest for name, engine in side.engines.items()} for side in sides],
+            "engines": [relay.parts.digests for relay in relays],
             "profile": self.profile.timing,
             "cpu": cpu_name(),
             "turn": [SETTLE, TURN],
         }
+        first, last = relays[0].parts, relays[-1].parts
 
         def measure() -> dict[str, Any]:
-            return {name: self._time(name, sides, [fed[name], fed_last[name]]) for name in first.engines}
+            return {name: self._time(name, relays) for name in first.engines}
 
         return self.store.values(place_name(f"timing-{last.target.name}-components"), inputs, measure)
 
-    def _time(self, name: str, sides: Sequence[Parts], fed: Sequence[Arrays]) -> dict[str, Any]:
-        target = sides[0].target.name
-        self.progress.say(f"timing {name} alone on {target}")
+    def _time(self, name: str, relays: Sequence[Relay]) -> dict[str, Any]:
+        first = relays[0].parts
+        self.progress.say(f"timing {name} alone on {first.target.name}")
         timed = [
-            Timed(side.stage, side.engines[name], None if side is sides[0] else sides[0].stage, samples=samples)
-            for side, samples in zip(sides, fed, strict=False)
+            Timed(
+                relay.parts.stage,
+                relay.parts.engines[name],
+                None if relay is relays[0] else first.stage,
+                samples=relay.fed[name],
+            )
+            for relay in relays
         ]
-        return timings(target, timed, {}, self.profile, self.progress)
+        return timings(first.target.name, timed, {}, self.profile, self.progress)
 
     def _rows(self, parts: Parts, same: Mapping[str, Any], times: Mapping[str, Any]) -> list[ComponentResult]:
         rows = []

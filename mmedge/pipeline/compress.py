@@ -21,7 +21,7 @@ from mmedge.pipeline.device import judged, with_devices
 from mmedge.pipeline.environment import environment
 from mmedge.pipeline.folder import RunFolder, default_folder, identity_of, open_run, processors
 from mmedge.pipeline.judge import Judge, Stopwatch
-from mmedge.pipeline.line import Line, Step, restored
+from mmedge.pipeline.line import Line, Step, saved_in
 from mmedge.pipeline.measure import Measurements
 from mmedge.pipeline.team import Team
 from mmedge.progress import Progress
@@ -101,7 +101,7 @@ def train_along(job: Job) -> None:
     for name, origins in Team(connected=True).summoned():
         network = Network(task.model)
         for planned, path in zip(stages.values(), origins, strict=False):
-            network = restored(planned, load_artifact(Path(path)), network, context)
+            network = planned.stage.restore(network, saved_in(load_artifact(Path(path))), context)
         stages[name].stage.run(network, context)
 
 

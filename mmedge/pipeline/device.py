@@ -224,7 +224,7 @@ class _Device:
             name: build_engine(self.store, graphs[own.precision], form, self.versions, self.progress)
             for name, graphs in sorted(lowered.items())
         }
-        return Parts(stage.name, form, engines, self._samples(source)[1])
+        return Parts(stage.name, form, engines, lambda: self._samples(source)[1], self._kept(source).digest)
 
     def _engines(self, stage: Stage) -> dict[str, Artifact]:
         """By precision of what is not INT8, in the order of the target's forms."""
@@ -305,14 +305,18 @@ class _Device:
 
     def _samples(self, stage: Stage | None = None) -> tuple[dict[str, Array], dict[str, Array]]:
         """A few inputs, and PyTorch's answers of a stage's network to them."""
-        wanted = stage or self.report.stages[0]
-        known = {each.manifest.name: each for each in self.known.get(wanted.digest, ())}
-        found = known.get(f"{wanted.name}-{SAMPLES}")
+        kept = self._kept(stage or self.report.stages[0])
+        return _arrays(kept.file("inputs.npz")), _arrays(kept.file("outputs.npz"))
+
+    def _kept(self, stage: Stage) -> Artifact:
+        """What the workstation kept of a stage's samples, as this target computes it."""
+        known = {each.manifest.name: each for each in self.known.get(stage.digest, ())}
+        found = known.get(f"{stage.name}-{SAMPLES}")
         if not self.target.lowering.rounds_attention:
-            found = known.get(f"{wanted.name}-{FLOAT_ATTENTION}", found)
+            found = known.get(f"{stage.name}-{FLOAT_ATTENTION}", found)
         if found is None:
-            raise ArtifactError(f"the run has no samples of {wanted.name}", where=str(self.folder.path))
-        return _arrays(found.file("inputs.npz")), _arrays(found.file("outputs.npz"))
+            raise ArtifactError(f"the run has no samples of {stage.name}", where=str(self.folder.path))
+        return found
 
     def _parity(self, stage: Stage, own: _Shipped) -> dict[str, float]:
         inputs, reference = self._samples(self._made_from(stage, own))

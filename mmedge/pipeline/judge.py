@@ -13,8 +13,6 @@ import numpy as np
 from torch import nn
 
 from mmedge.errors import StageError
-from mmedge.lower.export import onnx_of, write
-from mmedge.lower.shape import shape_for
 from mmedge.pipeline.folder import processors
 from mmedge.profile.accuracy import run_split
 from mmedge.profile.latency import EngineRef, Series, interleaved
@@ -76,6 +74,8 @@ class Judge:
 
     def _engines(self, network: Network, folder: Path) -> list[Path]:
         """The network in all forms of the target."""
+        from mmedge.lower.export import onnx_of, write
+
         portable = folder / "portable.onnx"
         write(onnx_of(network, self.task), portable)
         for number, other in enumerate(self.others):
@@ -187,6 +187,8 @@ class TargetClock:
         return found
 
     def _add(self, name: str, module: nn.Module) -> None:
+        from mmedge.lower.export import onnx_of, write
+
         with tempfile.TemporaryDirectory(prefix="mmedge-clock-") as source:
             portable = Path(source, "portable.onnx")
             write(onnx_of(Network(module), self.watch.task), portable)
@@ -210,6 +212,8 @@ class TargetClock:
 
 def _build(target: Target, portable: Path, folder: Path) -> Path:
     """An engine in a new ``folder``, which the lowered graph stays beside: targets link such files, if they can."""
+    from mmedge.lower.shape import shape_for
+
     lowered = folder.with_name(f"{folder.name}-lowered")
     for each in (lowered, folder):
         each.mkdir()

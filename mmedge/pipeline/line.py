@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors.torch
 import torch
@@ -15,11 +15,7 @@ from torch import Tensor
 
 from mmedge.artifact import Artifact, Store
 from mmedge.errors import ArtifactError
-from mmedge.lower import shape
-from mmedge.lower.cut import specs_of
-from mmedge.lower.export import OPSET, archive_of, onnx_of, write
-from mmedge.lower.step import VERSION as PIECES
-from mmedge.lower.step import piece_of
+from mmedge.lower.versions import OPSET, PASSES, PIECES
 from mmedge.pipeline.engines import build_engine, place_name
 from mmedge.pipeline.environment import versions_of
 from mmedge.pipeline.judge import Judge, Stopwatch
@@ -33,6 +29,9 @@ from mmedge.targets.lowered import write_description
 from mmedge.targets.onnx_graph import place
 from mmedge.task import Piece, Task
 from mmedge.tensors import Array
+
+if TYPE_CHECKING:
+    from mmedge.lower.shape import Release
 
 BASELINE = "baseline"
 PROBED_SAMPLES = 32  # on which activations are compared with what float16 can hold
@@ -60,7 +59,7 @@ class Step:
         """The network, rebuilt from what was saved; what is measured is always what a later run would load."""
         if self.parent is None or self.planned is None:
             return Network(self.line.task.model)
-        return restored(self.planned, self.artifact, self.parent.network, self.line.context)
+        return self.planned.stage.restore(self.parent.network, saved_in(self.artifact), self.line.context)
 
     def origins(self) -> list[Path]:
         """The artifacts that lead to this network, in order, without the baseline's."""
@@ -176,26 +175,36 @@ class Line:
             "versions": versions_of("torch", "torchao", "torch-pruning"),
         }
 
+        made: list[Network] = []
+
         def fill(folder: Path) -> dict[str, Any]:
             scratch = self.store.scratch("torch", planned.name, inputs)
             with self.team.at_hand(planned, parent.origins()) as summon:
                 saved = stage.run(parent.network, replace(self.context, scratch=scratch, summon=summon))
-            save_tensors(saved.tensors, folder / "weights.safetensors")
+            weights = folder / "weights.safetensors"
+            save_tensors(saved.tensors, weights)
+            saved = Saved(load_tensors(weights), saved.edits)  # what a later run loads; the first ones are let go
             network = stage.restore(parent.network, saved, self.context)
+            made.append(network)
             facts = self._counted(network.module)
             if network.form == "qdq":  # the graph holds the same weights as integers
                 facts["parameters"] = parent.artifact.about["parameters"]
             return {"form": network.form, "edits": dict(saved.edits), **facts}
 
         artifact = self.store.make("torch", planned.name, inputs, fill, parent.artifact)
-        return Step(planned.name, artifact, self, parent, planned)
+        step = Step(planned.name, artifact, self, parent, planned)
+        if made:  # tracing it again would take seconds
+            step.network = made[0]
+        return step
 
     def portable(self, step: Step, form: str) -> Artifact:
         """The step's network as ``model.onnx`` or ``model.pt2``."""
         inputs = {"torch": step.artifact.digest, "task": self.task_digest, "form": form, "opset": OPSET}
-        inputs |= {"versions": versions_of("torch", "onnxscript"), "lower": shape.VERSION}
+        inputs |= {"versions": versions_of("torch", "onnxscript"), "lower": PASSES}
 
         def fill(folder: Path) -> dict[str, Any]:
+            from mmedge.lower.export import archive_of, onnx_of, write
+
             if form == "pt2":
                 (folder / "model.pt2").write_bytes(archive_of(step.network, self.task))
             else:
@@ -212,6 +221,10 @@ class Line:
             inputs["version"] = PIECES
 
         def fill(folder: Path) -> dict[str, Any]:
+            from mmedge.lower.cut import specs_of
+            from mmedge.lower.export import write
+            from mmedge.lower.step import piece_of
+
             model, cache = piece_of(whole.file("model.onnx"), piece)
             write(model, folder / "model.onnx")
             modality = {spec.name: spec.modality for spec in self.task.inputs}
@@ -244,17 +257,19 @@ class Line:
             "target": target.name,
             "target_version": target.version,
             "options": target.options(),
-            "lowering": vars(lowering) | {"passes": shape.VERSION},
+            "lowering": vars(lowering) | {"passes": PASSES},
             "batch": self.batch,
         }
 
         def fill(folder: Path) -> dict[str, Any]:
+            from mmedge.lower.shape import shape_for
+
             lowered = folder / f"model.{lowering.format}"
             if lowering.format == "pt2":
                 place(portable.file("model.pt2"), folder, lowered.name)
             else:
                 release = release_of(step.network, released) if released else None
-                shape.shape_for(portable.file("model.onnx"), lowering, lowered, release, islands)
+                shape_for(portable.file("model.onnx"), lowering, lowered, release, islands)
             kept = ("inputs", "outputs", "cache")
             names: dict[str, Any] = {key: portable.about[key] for key in kept if key in portable.about}
             names["batch"] = self.batch
@@ -300,7 +315,7 @@ class Line:
         return tuple(self.store.values(f"{source.name}-float16-range", inputs, probe)["islands"])
 
     def reference(
-        self, step: Step, samples: int, in_float: Collection[str] = (), keep_convolutions: bool = False
+        self, step: Step, samples: int, in_float: Collection[str] | None = None, keep_convolutions: bool = False
     ) -> dict[str, Any]:
         """PyTorch's own answers of the step's network to the first test samples, for parity.
 
@@ -308,12 +323,13 @@ class Line:
             step: which network.
             samples: how many.
             in_float: of a Q/DQ network, INT8 layers that are in floating point in what is compared, modules whose
-                attention is among them.
-            keep_convolutions: where there are such layers, round what INT8 convolutions give, whoever reads it.
+                attention is among them; what no INT8 layer reads is not rounded then. None: the network as it is, which
+                rounds on every edge.
+            keep_convolutions: where ``in_float`` is given, round what INT8 convolutions give, whoever reads it.
         """
         network = step.network
         module = network.module
-        if in_float and network.prepared is not None:
+        if in_float is not None and network.prepared is not None:
             from mmedge.stages.quantization.released import released
 
             module = released(network.prepared, network.exact, in_float, keep_convolutions)
@@ -331,25 +347,24 @@ class Line:
         return {name: torch.cat(values).numpy() for name, values in parts.items()}
 
 
-def restored(planned: PlannedStage, artifact: Artifact, parent: Network, context: Context) -> Network:
-    """The network that a stage made of ``parent``, from its artifact."""
-    tensors = load_tensors(artifact.file("weights.safetensors"))
-    network: Network = planned.stage.restore(parent, Saved(tensors, artifact.about["edits"]), context)
-    return network
+def saved_in(artifact: Artifact) -> Saved:
+    """What was kept of a stage's result."""
+    return Saved(load_tensors(artifact.file("weights.safetensors")), artifact.about["edits"])
 
 
-def release_of(network: Network, layers: Collection[str]) -> shape.Release:
+def release_of(network: Network, layers: Collection[str]) -> Release:
     """What lowering needs to take INT8 layers of a Q/DQ network back to floating point.
 
     Args:
         network: Q/DQ; its weights as they were before any rounding.
         layers: module paths of INT8 layers, and of modules that attend.
     """
+    from mmedge.lower.shape import Release
     from mmedge.stages.quantization.prepared import layers_of, tensor_at
 
     prepared = network.prepared
     if prepared is None:
-        return shape.Release(layers)
+        return Release(layers)
     found, exact = layers_of(prepared), network.exact
 
     def weight(path: str) -> Array:
@@ -359,7 +374,7 @@ def release_of(network: Network, layers: Collection[str]) -> shape.Release:
     weights = {layer.name: weight(layer.weight_path) for layer in found}
     paths = {layer.name: layer.bias_path for layer in found if layer.bias_path is not None}
     biases = {name: exact[path].numpy() for name, path in paths.items() if path in exact}
-    return shape.Release(layers, weights, biases)
+    return Release(layers, weights, biases)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
