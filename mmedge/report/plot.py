@@ -108,6 +108,7 @@ def _draw(axes: Any, points: Sequence[_Point]) -> None:
         )
     axes.margins(x=0.16, y=0.22)
     axes.ticklabel_format(useOffset=False)
+    axes.locator_params(axis="x", nbins=5)  # more labels like 0.0615 run into each other
     latencies = [point.x for point in points]
     if 0 < _WIDE * min(latencies) <= max(latencies):
         axes.set_xscale("log")
