@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.resources import files
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -62,16 +61,11 @@ def test_only_training_depends_on_the_seed() -> None:
 
 @torch.no_grad()
 def test_the_teacher_needs_both_modalities(task) -> None:
-    right = {"both": 0, "audio": 0, "image": 0}
-    total = 0
-    for batch in islice(task.stream("test"), 2):
-        total += len(batch)
-        for kept in right:
-            lost = {"audio": "image", "image": "audio"}.get(kept, "")
-            with torch.no_grad():
-                logits = task.model(**as_tensors(blank(task.inputs, batch.inputs, lost)))
-            right[kept] += int((logits.argmax(1).numpy() == batch.targets).sum())
-    accuracy = {name: count / total for name, count in right.items()}
+    batch, accuracy = next(iter(task.stream("test"))), {}
+    for kept, lost in {"both": "", "audio": "image", "image": "audio"}.items():
+        with torch.no_grad():
+            logits = task.model(**as_tensors(blank(task.inputs, batch.inputs, lost)))
+        accuracy[kept] = (logits.argmax(1).numpy() == batch.targets).mean()
     assert accuracy["both"] > 0.97
     assert accuracy["audio"] < accuracy["both"] - 0.01
     assert accuracy["image"] < accuracy["both"] - 0.1

@@ -171,11 +171,11 @@ def test_the_recipe_that_a_run_keeps_is_the_one_that_was_asked_for(goal) -> None
 
 
 def test_real_engines_are_built_and_timed_on_the_way(tmp_path) -> None:
-    run(tmp_path / "run", speedup=1.3, round_to=4)
+    run(tmp_path / "run", speedup=1.3, round_to=4, keep=["stem"])
     manifests = [json.loads(path.read_text()) for path in (tmp_path / "run/artifacts").glob("prune-*/manifest.json")]
     (latency,) = (each["about"]["edits"]["latency"] for each in manifests if each["kind"] == "torch")
     assert latency["after_ms"] <= latency["wanted_ms"] < latency["before_ms"]
-    assert len(latency["table"]) > 4
+    assert len(latency["table"]) >= 4  # the network, other widths, what was found
 
 
 @pytest.mark.parametrize(
