@@ -19,11 +19,11 @@ from command import Outcome, mmedge
 
 from mmedge.artifact import load_artifact
 from mmedge.cli.runs import command_line
-from mmedge.errors import ArtifactError, TargetError, UsageError
+from mmedge.errors import ArtifactError, StageError, TargetError, UsageError
 from mmedge.pipeline.compress import Job, compress, job_of
 from mmedge.pipeline.folder import RunFolder, identity_of, open_run
 from mmedge.progress import Progress
-from mmedge.recipe import Recipe, load_recipe
+from mmedge.recipe import GatesConfig, Recipe, load_recipe
 from mmedge.report.html import render
 from mmedge.report.model import Report
 from mmedge.targets.base import Build
@@ -105,6 +105,27 @@ def test_the_report_holds_every_stage_with_its_own_measurements(finished) -> Non
     assert last.accuracy.value > 0.9
     missing = baseline.modalities["inertial"].missing
     assert missing < baseline.modalities["inertial"].clean + 1e-9
+
+
+MISTAKEN = (
+    "quantize: {keep_float: [hesd]}",
+    "prune: {keep: [hesd]}",
+    "prune: {towers: {hesd: 0.5}}",
+    "prune: {width: 0.5, recover: {features: {layers: {hesd: hesd}}}}",
+    "distill: {student: current, features: {layers: {hesd: hesd}}}",
+    "fp16: {keep_float32: [hesd]}",
+)
+
+
+@pytest.mark.parametrize("stage", MISTAKEN)
+def test_what_the_first_stage_will_refuse_is_said_before_anything_is_built(stage, recipe_file, tmp_path) -> None:
+    recipe = load_recipe(recipe_file).model_copy(update={"stages": [yaml.safe_load(stage)], "gates": GatesConfig()})
+    with pytest.raises(StageError, match=r"unknown (layer|module) 'hesd'"):
+        compress(job(recipe, tmp_path / "run"), Progress())
+    assert {load_artifact(each.parent).manifest.kind for each in tmp_path.glob("run/artifacts/*/manifest.json")} == {
+        "torch",
+        "measurement",  # that the task's data was checked
+    }
 
 
 def test_every_artifact_is_whole_and_the_engine_is_where_the_report_says(finished) -> None:

@@ -217,6 +217,8 @@ class _Run:
     def go(self) -> Report:
         """Every stage in turn, then one interleaved timing of all of them per target."""
         baseline = self.line.baseline()
+        for first in self.planned[:1]:  # what later ones will be given is not known yet
+            self.line.check(baseline, first)
         self.measured.cut(baseline, [use.target for use in self.uses])
         self._take(baseline)
         for number, planned in enumerate(self.planned, 1):

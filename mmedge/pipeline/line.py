@@ -161,20 +161,35 @@ class Line:
     def _counted(self, module: torch.nn.Module) -> dict[str, int]:
         return count(module, as_tensors(self.task.example().inputs), self.task.outputs)
 
-    def follow(self, parent: Step, planned: PlannedStage) -> Step:
-        """The step that a stage makes of ``parent``: found, or made now."""
-        stage = planned.stage
-        inputs = {
+    def _inputs(self, parent: Step, planned: PlannedStage) -> dict[str, Any]:
+        return {
             "parent": parent.artifact.digest,
             "task": self.task_digest,
             "stage": planned.kind,
-            "stage_version": stage.version,
-            "settings": stage.config.model_dump(mode="json"),
+            "stage_version": planned.stage.version,
+            "settings": planned.stage.config.model_dump(mode="json"),
             "seed": self.seed,
             "threads": torch.get_num_threads(),  # sums in another order give other roundings
             "versions": versions_of("torch", "torchao", "torch-pruning"),
         }
 
+    def check(self, parent: Step, planned: PlannedStage) -> None:
+        """Ask a stage whether its settings fit ``parent``, once.
+
+        Raises:
+            StageError: they do not.
+        """
+
+        def ask() -> dict[str, Any]:
+            planned.stage.check(parent.network, replace(self.context, progress=Progress()))  # ``run`` speaks
+            return {}
+
+        self.store.values(f"{planned.name}-check", self._inputs(parent, planned), ask)
+
+    def follow(self, parent: Step, planned: PlannedStage) -> Step:
+        """The step that a stage makes of ``parent``: found, or made now."""
+        stage = planned.stage
+        inputs = self._inputs(parent, planned)
         made: list[Network] = []
 
         def fill(folder: Path) -> dict[str, Any]:

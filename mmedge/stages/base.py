@@ -139,6 +139,16 @@ class Stage(ABC):
     def __init__(self, config: StageConfig) -> None:
         self.config: Any = config
 
+    def check(self, network: Network, context: Context) -> None:
+        """Refuse settings that do not fit a network, as far as a query or a trace of it tells.
+
+        The pipeline asks its first stage so, about the trained model, before it builds or measures anything.
+
+        Raises:
+            StageError: as in ``run``.
+        """
+        return
+
     @abstractmethod
     def run(self, network: Network, context: Context) -> Saved:
         """Do the work and say what to keep.

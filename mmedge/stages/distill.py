@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from mmedge.errors import StageError
 from mmedge.stages.base import Context, Network, Saved, Stage
-from mmedge.stages.distillation.student import blocks_to_keep, of_task, shallow
+from mmedge.stages.distillation.student import blocks_to_keep, check_fit, of_task, shallow
 from mmedge.stages.training import Training, distil
 
 
@@ -38,6 +38,11 @@ class Distill(Stage):
 
         student: Literal["auto", "current", "shallow", "task"] = "auto"
         depth: float = Field(0.5, gt=0, lt=1)
+
+    def check(self, network: Network, context: Context) -> None:
+        """Student and teacher fit together."""
+        kept = blocks_to_keep(network, self.config.depth, context) if self.config.student == "shallow" else {}
+        check_fit(self._student(network, kept, context), self.config, context)
 
     def run(self, network: Network, context: Context) -> Saved:
         """Train a copy of the student and keep its weights."""

@@ -33,6 +33,12 @@ class Fp16(Stage):
         samples: int = Field(64, ge=1)
         keep_float32: tuple[str, ...] = ()
 
+    def check(self, network: Network, context: Context) -> None:
+        """``keep_float32`` names modules; that they compute something, ``run`` sees."""
+        paths = [path for path, _ in network.module.named_modules() if path]
+        for pattern in self.config.keep_float32:
+            _check_known(pattern, paths)
+
     def run(self, network: Network, context: Context) -> Saved:
         """Find the islands.
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from mmedge.errors import StageError, unknown
 from mmedge.stages.base import Context, Network, Saved, Stage, StageConfig, as_tensors
+from mmedge.stages.distillation.student import check_fit
 from mmedge.stages.pruning.attention import Heads
 from mmedge.stages.pruning.budget import Choice, Spread
 from mmedge.stages.pruning.coupling import Found, groups_of
@@ -124,6 +125,13 @@ class Prune(Stage):
             if self.latency_ms is not None or self.speedup is not None:
                 return Goal("latency", 1.0, *common)  # a fraction of what, is known when it was timed
             return Goal("width", HALF if self.width is None else self.width, *common)
+
+    def check(self, network: Network, context: Context) -> None:
+        """``keep`` and ``towers`` name modules; what trains afterwards fits the network as it fits a narrower one."""
+        _protected(network.module, self.config.keep)
+        self.config.goal.checked(network.module)
+        if self.config.recover is not None:
+            check_fit(network.module, self.config.recover, context)
 
     def run(self, network: Network, context: Context) -> Saved:
         """Prune a copy of the network.

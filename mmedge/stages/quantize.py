@@ -85,6 +85,12 @@ class Quantize(Stage):
                 raise ValueError(f"placement x86 has no {', '.join(unused)}: leave them out, or the placement")
             return self
 
+    def check(self, network: Network, context: Context) -> None:
+        """``keep_float`` names layers."""
+        modules = {without_wrappers(path) for path, _ in network.module.named_modules()}
+        if not all(any(fnmatchcase(path, pattern) for path in modules) for pattern in self.config.keep_float):
+            prepare(network, context.task, self.config.keep_float)  # a trace may find layers that are no modules
+
     def run(self, network: Network, context: Context) -> Saved:
         """Calibrate and repair; keep the prepared graph's state, and what was done to which layers."""
         if self.config.tune is not None:
