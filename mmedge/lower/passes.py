@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -358,7 +358,8 @@ def unsigned_activations(model: ir.Model, of: Literal["all", "convolutions"]) ->
     Args:
         model: a Q/DQ graph.
         of: ``all`` layers; or ``convolutions``, which leaves out what only matrix products read, and what would get the
-            zero point 128 and goes into a transposed convolution: OpenVINO 2026.4 runs that in INT8 only with 0.
+            zero point 128 and goes into a transposed convolution: OpenVINO 2026.4 runs that in INT8 only with 0. Where
+            convolutions read the same, which it wants unsigned on processors without AMX, both get pairs of their own.
 
     Returns:
         The QuantizeLinear nodes that got the zero point 0: what they give is at most 127 within the calibrated range.
@@ -370,9 +371,12 @@ def unsigned_activations(model: ir.Model, of: Literal["all", "convolutions"]) ->
         if zero is None or zero.dtype != np.int8 or zero.any():
             continue
         rectified = _is_rectified(quantize.inputs[0])
-        readers = {node.op_type for node in _readers(quantize)}
-        if of == "convolutions" and (readers <= PRODUCTS or (not rectified and "ConvTranspose" in readers)):
-            continue
+        if of == "convolutions":
+            if not rectified:
+                _transposed_apart(model, quantize)
+            readers = _kinds(_readers(quantize))
+            if readers <= PRODUCTS or (not rectified and "ConvTranspose" in readers):
+                continue
         key = (zero.ndim, rectified)
         if key not in zero_points:
             array = np.full(zero.shape, 0 if rectified else 128, np.uint8)
@@ -394,15 +398,38 @@ def _is_rectified(value: ir.Value | None) -> bool:
     return producer(value, "Relu") is not None
 
 
-def _readers(quantize: ir.Node) -> Iterator[ir.Node]:
-    """What computes with the values of a QuantizeLinear, behind its DequantizeLinear and what only moves them."""
-    readers = [use.node for use in quantize.outputs[0].uses()]
-    while readers:
-        node = readers.pop()
-        if node.op_type in MOVING or node.op_type == "DequantizeLinear":
-            readers += [use.node for use in node.outputs[0].uses()]
-        else:
-            yield node
+def _transposed_apart(model: ir.Model, quantize: ir.Node) -> None:
+    """Give transposed convolutions a pair of their own where convolutions read the same."""
+    dequantizers = [use.node for use in quantize.outputs[0].uses()]
+    uses = [use for node in dequantizers for use in node.outputs[0].uses()]
+    apart = [use for use in uses if "ConvTranspose" in _kinds(_computing(use.node))]
+    if not apart or not any("Conv" in _kinds(_computing(use.node)) for use in uses if use not in apart):
+        return
+    again = ir.node("QuantizeLinear", quantize.inputs, name=f"{quantize.name}/transposed")
+    again.outputs[0].dtype = ir.DataType.INT8
+    operands = [again.outputs[0], *dequantizers[0].inputs[1:]]
+    dequantize = ir.node("DequantizeLinear", operands, name=f"{dequantizers[0].name}/transposed")
+    model.graph.insert_after(quantize, [again, dequantize])
+    for use in apart:
+        use.node.replace_input_with(use.idx, dequantize.outputs[0])
+
+
+def _readers(node: ir.Node) -> Iterator[ir.Node]:
+    """What computes with what ``node`` makes, behind a DequantizeLinear and what only moves values."""
+    for use in node.outputs[0].uses():
+        yield from _computing(use.node)
+
+
+def _computing(node: ir.Node) -> Iterator[ir.Node]:
+    """``node``, or what reads it where it only moves values."""
+    if node.op_type in MOVING or node.op_type == "DequantizeLinear":
+        yield from _readers(node)
+    else:
+        yield node
+
+
+def _kinds(found: Iterable[ir.Node]) -> set[str]:
+    return {node.op_type for node in found}
 
 
 def drop_weight_zero_points(model: ir.Model) -> None:
