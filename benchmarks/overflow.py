@@ -6,7 +6,7 @@ matrix products where it gets them as convolutions. Of each engine: how far its 
 engine of the same runtime (root mean square, over the outputs' spread), its metric on the first test samples, and how
 fast it is beside the float engine, in one interleaved run of one thread and batch 1. Attention stays in floating point
 in all of them. Kept in ``benchmarks/results/overflow.json``. On a processor with VNNI nothing overflows, and the rows
-tell what the eighth bit is worth.
+tell what the eighth bit is worth; ``--isa AVX2`` or ``--isa AVX512_CORE`` lets OpenVINO use no more than that there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -48,19 +48,25 @@ def main() -> int:
     parser.add_argument("--task", action="append", help="repeatable; default: three trained tasks and drive")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--isa", help="for OpenVINO; ONNX Runtime, which has no such setting, is then left out")
     parser.add_argument("--output", type=Path, default=RESULTS / "overflow.json")
     options = parser.parse_args()
+    targets: list[Target] = [OnnxRuntime(), OpenVino(weight_bits=7)]
+    if options.isa:
+        os.environ["ONEDNN_MAX_CPU_ISA"] = options.isa
+        del targets[0]
     rows = []
     for name in options.task or ("av_digits", "scene_vqa", "scene_clip", "drive"):
-        for row in measured(name, options.samples, options.queries):
+        for row in measured(name, targets, options.samples, options.queries):
             print(json.dumps(row), flush=True)
             rows.append(row)
-    found = {"cpu": cpu_name(), "overflows": overflows(), "threads": 1, "load": os.getloadavg(), "rows": rows}
+    found = {"cpu": cpu_name(), "isa": options.isa, "overflows": overflows(), "threads": 1, "load": os.getloadavg()}
+    found["rows"] = rows
     options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def measured(name: str, samples: int, queries: int) -> Iterator[dict[str, Any]]:
+def measured(name: str, targets: Sequence[Target], samples: int, queries: int) -> Iterator[dict[str, Any]]:
     """One row per runtime and number of bits."""
     task = load_task(name, plugins.loaders("task"))
     network = quantized(task)
@@ -68,8 +74,7 @@ def measured(name: str, samples: int, queries: int) -> Iterator[dict[str, Any]]:
         folder = Path(place)
         write(onnx_of(Network(task.model), task), folder / "float.onnx")
         write(onnx_of(network, task), folder / "int8.onnx")
-        for make in (OnnxRuntime, OpenVino):
-            target = make()
+        for target in targets:
             lowered = {form: replace(target.lowering, **changes) for form, changes in forms(target).items()}
             engines = []
             for form, lowering in {"float": target.lowering, **lowered}.items():
