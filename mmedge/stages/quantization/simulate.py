@@ -59,9 +59,9 @@ def simulated(prepared: GraphModule, follow_weights: bool = False) -> GraphModul
 
     Args:
         prepared: with all ranges set; it stays as it is.
-        follow_weights: recompute the scales of weights at every call, for training.
+        follow_weights: for training: the copy has its own weights, and their scales are computed anew at every call.
     """
-    graph = copied(prepared)
+    graph = copied(prepared, share_weights=not follow_weights)
     for path, kept in ranges_of(graph).items():
         owner, _, name = path.rpartition(".")
         rounding = FakeQuantize(kept)
