@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -26,6 +27,7 @@ Choice = Literal["auto", "fp32", "bf16", "fp16"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Named = Mapping[str, Tensor]
 CPU = torch.device("cpu")
+LEAVE = 0.3  # seconds; one that waits for the lock gets it at once
 
 
 class Engine:
@@ -179,8 +181,18 @@ def _accelerator(track: Tracking | None, label: str) -> Any:
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[unused, patient], **options)
     if distributed.is_initialized() and not connected:
-        atexit.register(distributed.destroy_process_group)
+        atexit.register(_disconnect)
     return accelerator
+
+
+def _disconnect() -> None:
+    """Take leave of the other processes, once gloo's threads have let go of the last message.
+
+    They need Python's lock for that, and one that asks for it when Python is ending aborts the process (PyTorch
+    2.13, whose DistributedDataParallel keeps these threads alive to the end).
+    """
+    time.sleep(LEAVE)
+    distributed.destroy_process_group()
 
 
 def _check_installed(track: Tracking) -> None:
