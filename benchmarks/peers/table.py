@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,8 @@ def conversion(found: dict[str, Any] | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    files = [Path(name) for name in sys.argv[1:] if name != "--short"]
-    files = files or sorted(RESULTS.glob("peers-*.json"))
-    brief(files) if "--short" in sys.argv else main(files)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("peers-*.json")))
+    parser.add_argument("--short", action="store_true", help="a line per runtime: the fastest peer and mmedge")
+    options = parser.parse_args()
+    brief(options.files) if options.short else main(options.files)
