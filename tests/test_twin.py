@@ -13,7 +13,7 @@ import onnx
 import pytest
 from rich.console import Console
 
-from mmedge.errors import UnsteadyError
+from mmedge.errors import TargetError, TaskError, UnsteadyError
 from mmedge.pipeline import twin
 from mmedge.pipeline.compress import Job, compress
 from mmedge.pipeline.line import Step
@@ -220,7 +220,9 @@ def settle(forms: list[Any], engine: Any, value: Any, times: Any, groups: dict[s
 
 
 def numbered(step: Any, form: Any, versions: Any, released: tuple[str, ...] = ()) -> Any:
-    return SimpleNamespace(digest=" ".join([step.name, form.name, *released]))
+    layers = {"block", "head"} if step.name == "int8" else set()
+    coverage = {"int8": sorted(layers.difference(released)), "other": dict.fromkeys(layers.intersection(released), "")}
+    return SimpleNamespace(digest=" ".join([step.name, form.name, *released]), about={"coverage": coverage})
 
 
 def test_another_form_is_tried_before_attention_goes_back() -> None:
@@ -256,6 +258,51 @@ def test_without_an_accurate_form_groups_go_back_from_the_nearest_one() -> None:
 
     settled = settle([stood_in()], unsteady, value, lambda: times, {"block": ["block"]})
     assert (settled.shipped, settled.backed_off) == ("twin", {})
+
+
+@pytest.mark.parametrize("error", [TargetError("output answer holds NaN"), TaskError("returned nan")])
+def test_groups_go_back_where_answers_in_int8_cannot_be_scored(error) -> None:
+    """As behind a logarithm of what rounds to 0."""
+    times = {"int8 fp32": 0.3, "int8 fp32 attention": 0.4, "int8 fp32 attention block": 0.5}
+
+    def value(step: Any, engine: Any) -> float:
+        if step.name == "int8" and engine.artifact.digest not in right:
+            raise error
+        return 0.9
+
+    right = ["int8 fp32 attention block"]
+    settled = settle([stood_in()], numbered, value, lambda: times, {"block": ["block"]})
+    assert (settled.shipped, list(settled.backed_off)) == ("mixed", ["block"])
+    right.clear()
+    settled = settle([stood_in()], numbered, value, lambda: times, {"block": ["block"]})
+    assert settled.shipped == "twin"
+    assert f"no accuracy: {error.problem}" in settled.reason
+
+
+def test_what_has_no_layer_in_int8_is_shipped_as_the_twin() -> None:
+    times = {"int8 fp32": 0.3, "int8 fp32 attention": 0.4, "int8 fp32 attention block head": 0.5}
+
+    def value(step: Any, engine: Any) -> float:
+        return 0.9 if step.name == "float" or "head" in engine.artifact.digest else 0.1
+
+    settled = settle([stood_in()], numbered, value, lambda: times, {"all": ["block", "head"]})
+    assert (settled.shipped, settled.engine.artifact.digest) == ("twin", "float fp32")
+    assert "at best 2.50x" in settled.reason  # of the one in INT8
+
+    def simulated(step: Any, form: Any, versions: Any, released: tuple[str, ...] = ()) -> Any:
+        return numbered(step, form, versions, ("block", "head"))
+
+    settled = settle([stood_in()], simulated, lambda step, engine: 0.9, lambda: {"int8 fp32 block head": 0.3})
+    assert (settled.shipped, settled.reason) == ("twin", twin.NO_INT8)
+
+
+def test_a_drop_of_just_the_budget_is_within_it() -> None:
+    """0.98 - 0.97 is a little more than 0.01."""
+    settled = settle([stood_in()], numbered, lambda step, _: 0.97 + 0.01 * (step.name == "float"), lambda: FAST)
+    assert settled.shipped == "int8"
+
+
+FAST = {"int8 fp32": 0.5}
 
 
 def _rounded(path: Path) -> set[str]:

@@ -5,6 +5,9 @@ twin is shipped, and the report says so.
 The products of attention run in INT8 only where that is no slower and accurate enough: the engine is built both ways.
 An engine that answers one sample differently from time to time is left out.
 
+An engine whose answers cannot be scored (NaN, infinity) is as one that loses everything, and one in which the runtime
+computes nothing in INT8 is none.
+
 The engines are compared in interleaved runs. Which groups go back is decided on the engine's own accuracy, the most
 damaging group (as the ``quantize`` stage measured it) first. Giving a group back can only make an engine more like its
 twin, so judging that on the test split does not flatter.
@@ -14,19 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf, isfinite
 from typing import Any, Literal
 
 from mmedge.artifact import Artifact
-from mmedge.errors import UnsteadyError
+from mmedge.errors import TargetError, TaskError, UnsteadyError
 from mmedge.pipeline.environment import cpu_name
 from mmedge.pipeline.line import Line, Step
+from mmedge.pipeline.rows import fraction
 from mmedge.profile.latency import EngineRef, interleaved
 from mmedge.profile.worker import SETTLE, TURN
 from mmedge.recipe import TwinConfig
+from mmedge.report.gates import ROUNDING
 from mmedge.targets.base import Target
 from mmedge.tensors import Array
 
 STEADY = "the same answer at all times only"
+NO_INT8 = "the runtime computes none of its layers in INT8"
 WORTH_IT = 1.01  # by how much what is less INT8 must be faster to be taken for its speed
 
 
@@ -50,6 +57,11 @@ class Engine:
     def float_name(self) -> Literal["fp32", "bf16", "fp16"]:
         """What its layers that are not INT8 are computed in."""
         return self.step.float_name(self.target)
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether a layer of it runs in INT8, as far as the runtime says."""
+        return fraction(self.artifact.about["coverage"]) != 0
 
 
 @dataclass
@@ -123,7 +135,7 @@ class TwinRule:
         twin, the search begins with attention in floating point: that is the nearest to it.
         """
         left = [*whole, *plain]
-        while left and search.drop(search.int8) > self.rule.max_drop:
+        while left and not search.accurate(search.drop(search.int8)):
             left.remove(search.int8)
             left = [engine for engine in left if search.speedup(engine, times) >= self.rule.min_speedup]
             nearest = fastest(left or plain or whole, times, WORTH_IT)
@@ -188,6 +200,7 @@ class _Search:
         int8: the engine to begin with.
         reference: the twin's metric.
         gain: why attention's products are in floating point, where they are.
+        unscored: why engines have no metric, by their artifacts' digests.
     """
 
     rules: TwinRule
@@ -197,23 +210,29 @@ class _Search:
     int8: Engine
     reference: float
     gain: str
+    unscored: dict[str, str] = field(default_factory=dict)
 
     def settle(self, times: Mapping[str, float]) -> Settled:
         drop, speedup = self.drop(self.int8), self.speedup(self.int8, times)
+        if not self.int8.has_int8:
+            return Settled(self.twin, self.twin, "twin", NO_INT8)
+        figures = self._figures(self.int8, drop, speedup)
         if self._good(drop, speedup):
-            return Settled(self.int8, self.twin, "int8", self._figures(drop, speedup))
+            return Settled(self.int8, self.twin, "int8", figures)
         given_back: dict[str, str] = {}
         engine = self.int8
-        if self._groups and drop > self.rules.rule.max_drop:
+        if self._groups and not self.accurate(drop):
             engine, given_back = self._repair_accuracy(drop)
             times = self.rules._times([self.twin, engine])
-        if self._groups and self.drop(engine) <= self.rules.rule.max_drop and self.speedup(engine, times) < self._least:
+        if self._groups and self.accurate(self.drop(engine)) and self.speedup(engine, times) < self._least:
             engine, given_back = self._repair_speed(engine, given_back)
             times = self.rules._times([self.twin, engine])
         drop, speedup = self.drop(engine), self.speedup(engine, times)
-        if given_back and self._good(drop, speedup):
-            return Settled(engine, self.twin, "mixed", self._figures(drop, speedup), given_back)
-        reason = f"no INT8 form was good enough: at best {self._figures(drop, speedup)}"
+        if engine.has_int8:  # else all layers are back, and what is left to say is of the engine before
+            figures = self._figures(engine, drop, speedup)
+            if given_back and self._good(drop, speedup):
+                return Settled(engine, self.twin, "mixed", figures, given_back)
+        reason = f"no INT8 form was good enough: at best {figures}"
         return Settled(self.twin, self.twin, "twin", reason, given_back)
 
     @property
@@ -226,25 +245,36 @@ class _Search:
         return self.step.groups if self.int8.target.lowering.format == "onnx" else {}
 
     def _good(self, drop: float, speedup: float) -> bool:
-        return drop <= self.rules.rule.max_drop and speedup >= self._least
+        return self.accurate(drop) and speedup >= self._least
+
+    def accurate(self, drop: float) -> bool:
+        """Whether the budget allows it."""
+        return drop <= self.rules.rule.max_drop + ROUNDING
 
     def drop(self, engine: Engine) -> float:
-        """By how much the engine's metric is worse than the twin's."""
+        """By how much the engine's metric is worse than the twin's, infinity where it has none."""
         sign = 1 if self.rules.line.task.metric.higher_is_better else -1
-        return sign * (self.reference - self.rules.value(self.step, engine))
+        try:
+            return sign * (self.reference - self.rules.value(self.step, engine))
+        except (TargetError, TaskError) as err:  # the twin was scored on the same data: it is this engine's answers
+            self.unscored[engine.artifact.digest] = err.problem
+            return inf
 
     def speedup(self, engine: Engine, times: Mapping[str, float]) -> float:
         """How many times as fast as the twin the engine is."""
         return times[self.twin.artifact.digest] / times[engine.artifact.digest]
 
-    def _figures(self, drop: float, speedup: float) -> str:
+    def _figures(self, engine: Engine, drop: float, speedup: float) -> str:
         rule = self.rules.rule
         return (
             f"{speedup:.2f}x the speed of its {self.twin.float_name} twin (at least {rule.min_speedup:.2f}x), "
-            f"drop {drop:.4f} (at most {rule.max_drop:.4f})"
+            f"{self._told(engine, drop)} (at most {rule.max_drop:.4f})"
             + (", weights of 7 bits" if self.int8.target.lowering.weight_bits == 7 else "")
             + (f", attention's products in floating point: {self.gain} so" if self.int8.released else "")
         )
+
+    def _told(self, engine: Engine, drop: float) -> str:
+        return f"drop {drop:.4f}" if isfinite(drop) else f"no accuracy: {self.unscored[engine.artifact.digest]}"
 
     def _without(self, groups: Sequence[str]) -> Engine | None:
         """The engine with some groups in floating point too, None where that one gives no steady answers."""
@@ -256,11 +286,12 @@ class _Search:
         """Give back the most damaging groups, twice as many each time, until the budget holds."""
         order = sorted(self._groups, key=lambda group: -self.step.damage.get(group, 0.0))
         count, engine, given = 1, self.int8, order[:0]
-        while drop > self.rules.rule.max_drop and count < 2 * len(order):
+        while not self.accurate(drop) and count < 2 * len(order):
             more = order[: min(count, len(order))]
             if found := self._without(more):
                 engine, given, drop = found, more, self.drop(found)
-                self._say(f"{len(given)} of {len(order)} groups in floating point for accuracy: drop {drop:.4f}")
+                told = self._told(engine, drop)
+                self._say(f"{len(given)} of {len(order)} groups in floating point for accuracy: {told}")
             count *= 2
         return engine, {
             group: f"accuracy: rounding it alone changes the outputs by {self.step.damage.get(group, 0.0):.2%}"

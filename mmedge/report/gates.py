@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mmedge.report.model import Gate, Precision, Report, Result, Stage
 
-_ROUNDING = 1e-9  # a difference of two decimal fractions: 0.97 - 0.96 is a little more than 0.01
+ROUNDING = 1e-9  # a difference of two decimal fractions: 0.97 - 0.96 is a little more than 0.01
 
 
 def _number(value: Any) -> Any:
@@ -202,7 +202,7 @@ def _gate(
         value = None
     else:
         over = value - limit if at_most else limit - value
-        outcome = "pass" if over <= _ROUNDING else "fail"
+        outcome = "pass" if over <= ROUNDING else "fail"
         reason = f"{label} is {value:.6g}{unit}, asked: {bound}"
     return Gate(
         name=name,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmedge.errors import TargetError, needs_extra
-from mmedge.targets.base import Build, Lowering, Runner, Target
+from mmedge.targets.base import Build, Coverage, Lowering, Runner, Target
 from mmedge.targets.checked import checked, reported
 from mmedge.targets.lowered import described
 from mmedge.tensors import Array
@@ -29,10 +29,10 @@ _EXPORT_AGAIN = "export again with torch.export.save, plain tensors and a curren
 
 
 class Torch(Target):
-    """Runs a ``torch.export`` archive. Quantized layers are computed as the float layers they simulate: no coverage."""
+    """Runs a ``torch.export`` archive. Quantized layers are computed as the float layers they simulate."""
 
     name = "torch"
-    version = 2
+    version = 3
     lowering = Lowering(format="pt2")
 
     def check(self) -> dict[str, str]:
@@ -45,8 +45,7 @@ class Torch(Target):
         shutil.copyfile(model, folder / MODEL)
         with reported("reading the names of inputs and outputs", str(model.with_name(DESCRIPTION))):
             shutil.copyfile(model.with_name(DESCRIPTION), folder / DESCRIPTION)
-        _load(folder)
-        return Build(None, {"versions": versions, "engine_bytes": (folder / MODEL).stat().st_size})
+        return Build(_coverage(_load(folder)), {"versions": versions, "engine_bytes": (folder / MODEL).stat().st_size})
 
     @contextmanager
     def runner(self, folder: Path, threads: int) -> Iterator[Runner]:
@@ -90,6 +89,16 @@ def _load(folder: Path) -> Any:
     refuse_pickle(folder / MODEL)
     with reported("loading the archive", str(folder / MODEL)):
         return torch.export.load(folder / MODEL)
+
+
+def _coverage(program: Any) -> Coverage | None:
+    """That nothing runs in INT8 where something is rounded; of a network in floating point nothing is said."""
+    rounds = any("dequantize" in str(node.target) for node in program.graph.nodes)
+    return (
+        Coverage((), {"all layers": "PyTorch computes INT8 layers as the float layers they simulate"})
+        if rounds
+        else None
+    )
 
 
 def _named(outputs: Any, names: list[str]) -> dict[str, Array]:
