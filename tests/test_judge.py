@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mmedge.artifact import Store
 from mmedge.pipeline import judge as judging
 from mmedge.pipeline.judge import Judge
+from mmedge.pipeline.line import Line
 from mmedge.profile.latency import EngineRef, Series
 from mmedge.progress import Progress
+from mmedge.recipe import Recipe, plan
 from mmedge.stages.base import Network, as_tensors, outputs_of
 from mmedge.stages.quantize import Quantize
+from mmedge.targets.base import Target
 from mmedge.targets.onnxruntime import OnnxRuntime
 from mmedge.targets.openvino import OpenVino
 
@@ -69,6 +74,7 @@ def test_the_drop_is_that_of_the_engines_on_the_calibration_split(int8, small_ta
         joined = {name: np.concatenate([each[name].detach().numpy() for each in answers]) for name in answers[0]}
         right.append(small_task.score(joined, np.concatenate([batch.targets for batch in batches])))
     assert verdict.drop == pytest.approx(right[0] - right[1], abs=0.01)
+    assert verdict.reason == "engines of openvino"
     assert [engine.name for engine in clock.engines[1]] == ["0", "0", "1"]
 
 
@@ -98,3 +104,27 @@ def test_engines_of_other_targets_do_not_end_up_in_the_one_that_is_timed(int8, s
     assert verdict.speedup is not None
     assert verdict.speedup > 0
     assert abs(verdict.drop) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("settings", "judged"),
+    [
+        ({"quantize": {"tune": {}}}, True),
+        ({"quantize": {}}, False),
+        ({"prune": {"speedup": 1.5}}, True),
+        ({"prune": {"latency_ms": 2.0, "on": "onnxruntime"}}, False),
+        ({"prune": {"width": 0.5}}, False),
+    ],
+    ids=str,
+)
+def test_what_engines_decide_is_not_taken_for_another_target(settings, judged, small_task, tmp_path) -> None:
+    recipe = {"schema": 1, "task": "any", "targets": ["onnxruntime"], "stages": [settings]}
+    (planned,) = plan(Recipe.model_validate(recipe), "any.yaml")
+    store = Store(tmp_path, "test", str)
+    parent: Any = SimpleNamespace(artifact=SimpleNamespace(digest="parent"))
+
+    def inputs(target: Target) -> dict[str, Any]:
+        judge = Judge(small_task, target, [], 1, Progress())
+        return Line(small_task, "digest", store, 0, Progress(), {}, judge)._inputs(parent, planned)
+
+    assert (inputs(OnnxRuntime()) != inputs(OpenVino())) is judged

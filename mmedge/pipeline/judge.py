@@ -60,7 +60,8 @@ class Judge:
             speedups = self._speedups([twin.engine, *engines])
             fastest = max(engines, key=speedups.__getitem__)
             sign = 1 if self.task.metric.higher_is_better else -1
-            return Judgement(sign * (twin.value - self._value(fastest)), speedups[fastest])
+            drop = sign * (twin.value - self._value(fastest))
+            return Judgement(drop, speedups[fastest], f"engines of {self.target.name}")
 
     def _twin_of(self, parent: Network) -> _Twin:
         """The fastest engine of ``parent``; made once, for a search judges many networks against the same one."""

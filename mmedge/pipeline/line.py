@@ -162,7 +162,8 @@ class Line:
         return count(module, as_tensors(self.task.example().inputs), self.task.outputs)
 
     def _inputs(self, parent: Step, planned: PlannedStage) -> dict[str, Any]:
-        return {
+        judged_on = planned.stage.judged_on(self.judge.target.name if self.judge else None)
+        return ({"judged_on": judged_on} if judged_on else {}) | {
             "parent": parent.artifact.digest,
             "task": self.task_digest,
             "stage": planned.kind,

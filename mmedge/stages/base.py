@@ -149,6 +149,14 @@ class Stage(ABC):
         """
         return
 
+    def judged_on(self, first: str | None) -> str | None:
+        """The target whose engines decide what comes out, None where no engine does.
+
+        Args:
+            first: the run's first target that can run engines here.
+        """
+        return None
+
     @abstractmethod
     def run(self, network: Network, context: Context) -> Saved:
         """Do the work and say what to keep.

@@ -107,12 +107,16 @@ class Prune(Stage):
                 raise ValueError(f"towers are fractions above 0, at most 1, not {', '.join(wrong)}")
             if self.widths and (self.towers or self.steps > 1):
                 raise ValueError("widths go with neither towers nor steps: they say all there is to say")
-            timed = self.latency_ms is not None or self.speedup is not None
-            if timed and self.towers:
+            if self.timed and self.towers:
                 raise ValueError("towers have budgets of width, macs or parameters: a latency is the whole network's")
-            if self.on is not None and not timed:
+            if self.on is not None and not self.timed:
                 raise ValueError("on names the target of latency_ms or speedup: give one of the two")
             return self
+
+        @property
+        def timed(self) -> bool:
+            """Whether engines decide how narrow it gets."""
+            return self.latency_ms is not None or self.speedup is not None
 
         @property
         def goal(self) -> Goal:
@@ -122,7 +126,7 @@ class Prune(Stage):
                 return Goal("macs", self.macs, *common)
             if self.parameters is not None:
                 return Goal("parameters", self.parameters, *common)
-            if self.latency_ms is not None or self.speedup is not None:
+            if self.timed:
                 return Goal("latency", 1.0, *common)  # a fraction of what, is known when it was timed
             return Goal("width", HALF if self.width is None else self.width, *common)
 
@@ -132,6 +136,10 @@ class Prune(Stage):
         self.config.goal.checked(network.module)
         if self.config.recover is not None:
             check_fit(network.module, self.config.recover, context)
+
+    def judged_on(self, first: str | None) -> str | None:
+        """What is pruned to a latency is right for one target."""
+        return (self.config.on or first) if self.config.timed else None
 
     def run(self, network: Network, context: Context) -> Saved:
         """Prune a copy of the network.

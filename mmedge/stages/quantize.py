@@ -91,6 +91,10 @@ class Quantize(Stage):
         if not all(any(fnmatchcase(path, pattern) for path in modules) for pattern in self.config.keep_float):
             prepare(network, context.task, self.config.keep_float)  # a trace may find layers that are no modules
 
+    def judged_on(self, first: str | None) -> str | None:
+        """The tuner takes what is good on one target."""
+        return first if self.config.tune is not None else None
+
     def run(self, network: Network, context: Context) -> Saved:
         """Calibrate and repair; keep the prepared graph's state, and what was done to which layers."""
         if self.config.tune is not None:
