@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -22,6 +23,7 @@ from mmedge.tensors import DTYPES, TensorSpec
 
 # What makes tasks of a specification: by name, as entry points are, because this layer may not import them.
 MAKERS = {"hf": "mmedge.tasks.hf:task"}
+MMEDGE = Path(__file__).resolve().parent
 
 
 def load_task(spec: str, entry_points: Mapping[str, Callable[[], Callable[[], Any]]]) -> Task:
@@ -124,8 +126,59 @@ def _module_from_file(path: Path) -> Any:
 
 
 def _source_digest(function: Callable[[], Any]) -> str:
-    file = inspect.getsourcefile(inspect.unwrap(function))
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else ""
+    """A hash of the function's file and of what that imports from its own folder or package."""
+    function = inspect.unwrap(function)
+    name = inspect.getsourcefile(function)
+    if not name or not Path(name).is_file():
+        return ""
+    file = Path(name).resolve()
+    package = getattr(inspect.getmodule(function), "__package__", None)
+    names = package.split(".") if package else []
+    root = file.parents[len(names)]
+    own = root.joinpath(*names[:1])
+    files = {file} if own.name.endswith("-packages") else _imported(file, root, own)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+
+
+def _imported(file: Path, root: Path, own: Path) -> set[Path]:
+    """Python files of the folder ``own`` that a file imports, itself among them; of mmedge itself only its tasks.
+
+    Read, not imported: so it does not matter what was imported before, and imports within functions count.
+
+    Args:
+        file: where to begin.
+        root: where modules of full names lie.
+        own: what lies elsewhere is another's code.
+    """
+    found: set[Path] = set()
+    waiting = [file]
+    while waiting:
+        path = waiting.pop()
+        found.add(path)
+        places = set(_named(path, root)) - {root}
+        modules = {place.with_suffix(".py") for place in places}
+        modules |= {folder / "__init__.py" for place in places for folder in (place, *place.parents)}
+        for module in modules - found:
+            apart = MMEDGE in module.parents and MMEDGE / "tasks" not in module.parents
+            if own in module.parents and not apart and module.is_file():
+                waiting.append(module)
+    return found
+
+
+def _named(path: Path, root: Path) -> Iterator[Path]:
+    """Where the modules that a file imports would lie, without ``.py``."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # whoever imports it will hear of that
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (root.joinpath(*alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = path.parents[node.level - 1] if node.level else root
+            base = start.joinpath(*(node.module or "").split("."))
+            yield base
+            yield from (base / alias.name for alias in node.names)
 
 
 def check_declarations(task: Task, where: str) -> None:

@@ -6,8 +6,11 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ from torch import nn
 
 from mmedge.errors import TaskError
 from mmedge.loading import load_task
-from mmedge.task import Task, load_weights
+from mmedge.pipeline.check import digest_of_task
+from mmedge.task import Batch, Task, load_weights
 
 GOOD = '''
 import numpy as np
@@ -323,6 +327,61 @@ def test_task_file_imports_its_neighbours(tmp_path: Path) -> None:
     late = "def model():\n    import late_part\n    assert late_part.VALUE == 2"
     file = written(tmp_path, "import numpy as np", "import numpy as np, early_part", "def model():", late)
     assert load_task(f"{file}:task", {}).name == "tiny"
+
+
+NEIGHBOURS = {
+    "net.py": "VALUE = 1",
+    "parts/fusion.py": "from . import norms",  # a folder without __init__.py
+    "parts/norms.py": "VALUE = 2",
+    "late.py": "VALUE = 3",
+    "package/__init__.py": "",
+    "package/layers.py": "VALUE = 4",
+}
+IMPORTS = "import numpy as np\nimport net, package.layers\nfrom parts import fusion"
+
+
+@pytest.mark.parametrize("changed", [*NEIGHBOURS, "unrelated.py"])
+def test_the_code_of_a_task_is_its_file_and_what_that_imports_beside_it(changed, tmp_path, monkeypatch) -> None:
+    """Whatever was imported when: another command of the same run must find the same."""
+
+    def source(made: str) -> str:
+        folder = tmp_path / made  # Python keeps modules by name: only the files are asked
+        change = {changed: "VALUE = 9"} if made == "changed" else {}
+        for name, text in {**NEIGHBOURS, "unrelated.py": "", **change}.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        file = written(folder, "import numpy as np", IMPORTS, "def model():", "def model():\n    import late")
+        return load_task(f"{file}:task", {}).source
+
+    for name in ("net", "late", "package", "package.layers", "parts", "parts.fusion", "parts.norms"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert (source("as it was") != source("changed")) is (changed != "unrelated.py")
+
+
+def test_the_code_of_a_task_in_a_package_is_the_packages(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sources = []
+    for value in (1, 2):
+        package = tmp_path / f"perception{value}"
+        package.mkdir()
+        (package / "__init__.py").write_text("")
+        (package / "nets.py").write_text(f"VALUE = {value}")
+        written(package, "import numpy as np", "import numpy as np\nfrom . import nets")
+        sources.append(load_task(f"perception{value}.tiny_task:task", {}).source)
+    assert sources[0] != sources[1]
+
+
+def test_later_batches_of_the_test_split_are_part_of_what_a_task_is() -> None:
+    task = load_good()
+
+    def relabelled(split, seed, last):
+        for index, batch in enumerate(task.batches(split, seed)):
+            yield Batch(batch.inputs, last(batch.targets) if (split, index) == ("test", 2) else batch.targets)
+
+    same = replace(task, batches=partial(relabelled, last=np.copy))
+    other = replace(task, batches=partial(relabelled, last=lambda targets: 2 - targets))
+    assert digest_of_task(same) == digest_of_task(task) != digest_of_task(other)
 
 
 def test_tasks_by_name() -> None:

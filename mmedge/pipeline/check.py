@@ -14,19 +14,27 @@ from mmedge.stages.base import Network, as_tensor, as_tensors, not_float32, outp
 from mmedge.task import SPLITS, Batch, Split, Task
 from mmedge.tensors import DTYPES, Array
 
+DIGESTED_SAMPLES = 256  # of the test and the calibration split; reading more would make every command slow
 EXPORTED_SAMPLES = 8  # that an exported model answers; a large one is slow
 
 
 def digest_of_task(task: Task) -> str:
-    """A hash of what results depend on: source file, weights, declarations and the first batch of every split."""
+    """A hash of what results depend on: source files, weights, declarations, and the data as far as it is read here.
+
+    That is the first batch for training and the first samples of the other splits: a change behind them goes unnoticed.
+    """
     digest = hashlib.sha256(task.source.encode())
     digest.update(repr((task.inputs, task.outputs, task.metric.name, task.metric.higher_is_better)).encode())
     for name, tensor in sorted(task.model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     for split in SPLITS:
-        batch = next(iter(task.stream(split)))
-        for name, array in sorted({**batch.inputs, "targets": batch.targets}.items()):
-            digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        left = 1 if split == "train" else DIGESTED_SAMPLES
+        for batch in task.stream(split):
+            for name, array in sorted({**batch.inputs, "targets": batch.targets}.items()):
+                digest.update(f"{name} {array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+            left -= len(batch)
+            if left <= 0:
+                break
     return digest.hexdigest()
 
 

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from scipy.io import wavfile
 from scipy.signal import resample_poly, stft
 
+from mmedge.tasks.av_digits.data import FRAMES, MELS
+
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Not "en-gb": espeak-ng 1.51 ignores variants there, so that eight voices would be one.
 ACCENTS = ("en-us", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029", "en-us-nyc")
@@ -32,7 +34,6 @@ VARIANTS = (
 )
 DELIVERIES = ((140, 42), (165, 55), (190, 68))  # words per minute, pitch (0..99)
 RATE_HZ = 16_000
-MELS, FRAMES = 40, 64
 HOP_S, WINDOW_S = 0.014, 0.032
 # Log-mel energies are stored in uint8 steps of STEP nepers above FLOOR.
 FLOOR, STEP = -12.0, 0.07
