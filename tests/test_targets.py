@@ -121,7 +121,9 @@ def test_float_models_have_no_int8(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("numbers", [COPIED // 4, COPIED // 4 + 1], ids=["copied", "read in place"])
 def test_openvino_takes_every_query_as_it_comes(tmp_path: Path, numbers: int) -> None:
-    """Small inputs are copied, large ones read where they lie: strided or not, each call its own, none stretched."""
+    """Small inputs are copied, large ones read where they lie: strided, read-only or plain, each its own, none
+    stretched.
+    """
     graph = helper.make_graph(
         [helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=1, axes=[1])],
         "largest",
@@ -136,6 +138,9 @@ def test_openvino_takes_every_query_as_it_comes(tmp_path: Path, numbers: int) ->
             wide = np.zeros((2, 2 * numbers), np.float32)
             wide[:, -2:] = [[peak, 9.0], [peak + 1, 9.0]]
             np.testing.assert_array_equal(run({"x": wide[:, ::2]})["largest"], [[peak], [peak + 1]])
+            file = np.ascontiguousarray(wide[:, ::2])
+            file.flags.writeable = False  # as a mapped file
+            np.testing.assert_array_equal(run({"x": file})["largest"], [[peak], [peak + 1]])
         with pytest.raises(TargetError, match="has shape"):
             run({"x": np.zeros((1, 1), np.float32)})
         with pytest.raises(TargetError):

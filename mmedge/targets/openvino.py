@@ -156,7 +156,8 @@ def opened(model: Path, threads: int, precision: str, engine: str) -> Iterator[R
             if memory.nbytes <= COPIED:
                 np.copyto(memory, array, casting="no")
             else:
-                in_place.append(openvino.Tensor(np.ascontiguousarray(array), shared_memory=True))
+                # It takes no read-only array, as of a mapped file: such a one is copied.
+                in_place.append(openvino.Tensor(np.require(array, requirements=["C", "W"]), shared_memory=True))
                 request.set_tensor(port, in_place[-1])
         # Outputs are copied, for the next call writes into the same memory.
         results = request.infer(share_outputs=False)
