@@ -30,6 +30,13 @@ def test_a_backend_a_device_and_options() -> None:
     assert several.options()["workspace_mib"] == 64
 
 
+def test_every_form_of_openvino_has_the_name_that_the_user_gave() -> None:
+    for spec, most in (("openvino:weight_bits=7", 2), ("openvino:precision=bf16", 1)):
+        forms = plugins.target(spec).forms()
+        assert {form.name for form in forms} == {spec}
+        assert len(forms) <= most  # bfloat16 only where the processor has it, and once
+
+
 def test_a_dla_before_tensorrt_11_is_built_by_flags_and_after_by_the_graph() -> None:
     old, new = (plugins.target(f"jetson-agx-orin:jetpack={release},dla_core=1") for release in ("5.1", "7.2.2"))
     assert isinstance(old, TensorRt)

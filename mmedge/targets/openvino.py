@@ -83,7 +83,11 @@ class OpenVino(Target):
     def forms(self) -> list[Target]:
         """float32, and bfloat16 where the processor multiplies it."""
         native = "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        return [self, OpenVino("bf16", self.lowering.weight_bits)] if native else [self]
+        if not native or self.precision == "bf16":
+            return [self]
+        other = OpenVino("bf16", self.lowering.weight_bits)
+        other.name = self.name
+        return [self, other]
 
     def options(self) -> dict[str, Any]:
         """See ``Target.options``."""
