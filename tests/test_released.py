@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,23 +48,38 @@ class Rover(nn.Module):
         return self.head(F.relu(self.join(torch.cat([F.adaptive_avg_pool2d(x, 1).flatten(1), 500 * odometry], 1))))
 
 
+class Eyes(nn.Module):
+    """One layer sees both halves of an image, another with the same weight the odometry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.see, self.feel, self.head = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(48, 3)
+        self.feel.weight = self.see.weight
+
+    def forward(self, image: Tensor, odometry: Tensor) -> Tensor:
+        pixels = image.flatten(1)
+        found = [self.see(pixels[:, :6]), self.see(pixels[:, 6:12]), self.feel(odometry)]
+        return self.head(F.relu(torch.cat(found, 1)))
+
+
 def batches(split: str, seed: int) -> Iterator[Batch]:
     rng = np.random.default_rng(len(split))
     inputs = {name: rng.standard_normal((32, *shape), dtype=np.float32) for name, shape in INPUTS.items()}
     yield Batch(inputs, np.zeros(32, np.int64))
 
 
-def rover() -> Task:
+def task_of(make: type[nn.Module]) -> Task:
     torch.manual_seed(0)
     specs = tuple(TensorSpec(name, "float32", ("batch", *shape), name) for name, shape in INPUTS.items())
     metric = Metric("accuracy", accuracy)
-    return Task("rover", Rover().eval(), specs, ("speed",), batches, lambda o, y: o["speed"].sum(), metric)
+    return Task("robot", make().eval(), specs, ("speed",), batches, lambda o, y: o["speed"].sum(), metric)
 
 
 @pytest.mark.parametrize(
     ("task", "released_layers"),
     [
-        (rover, [(), ("join",), ("skip", "head"), ("up", "join", "head")]),
+        (partial(task_of, Rover), [(), ("join",), ("skip", "head"), ("up", "join", "head")]),
+        (partial(task_of, Eyes), [(), ("see",), ("feel", "head"), ("see", "feel", "head")]),
         (reader_task.task, [(), ("patch", "head"), ("up", "o", "model")]),
     ],
 )

@@ -157,19 +157,25 @@ def release(
         keep_convolutions: read what an INT8 convolution gives as it was quantized. ONNX Runtime runs a convolution in
             INT8 only if it is, so the layer before would go back as well.
     """
+    made: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
     for node in nodes(model, *WEIGHTED):
         layer = layer_of(node)
-        dequantize = quantized_weight(_behind_transpose(node.inputs[1]))
-        if layer not in layers or dequantize is None:
+        if layer not in layers or quantized_weight(_behind_transpose(node.inputs[1])) is None:
             continue
         pair = activation_pair(node.inputs[0])
         if pair and not (keep_convolutions and ends_int8_convolution(pair[0].inputs[0])):
             node.replace_input_with(0, pair[0].inputs[0])
-        dequantize.outputs[0].replace_all_uses_with(add_constant(model, f"{layer}.float", weights[layer]))
+        # One use at a time: others of the layer, and layers that share its weight, read the same DequantizeLinear.
+        turned = producer(node.inputs[1], "Transpose")
+        order = tuple(turned.attributes["perm"].as_ints() if turned else range(weights[layer].ndim))
+        if (layer, order) not in made:
+            array = np.ascontiguousarray(weights[layer].transpose(order))
+            made[layer, order] = add_constant(model, f"{layer}.float", array)
+        node.replace_input_with(1, made[layer, order])
         if layer in biases and (found := bias_of(node, biases[layer].shape)):
             reader, index = found
             reader.replace_input_with(index, add_constant(model, f"{layer}.float_bias", biases[layer]))
-    _fold_float_transposes(model)
+    remove_unused(model)  # a Transpose left over would count as a reader of an INT8 weight
 
 
 def bias_of(node: ir.Node, shape: tuple[int, ...]) -> tuple[ir.Node, int] | None:
@@ -181,15 +187,6 @@ def bias_of(node: ir.Node, shape: tuple[int, ...]) -> tuple[ir.Node, int] | None
             if array is not None and array.shape == shape:
                 return reader, index
     return None
-
-
-def _fold_float_transposes(model: ir.Model) -> None:
-    for node in nodes(model, "Transpose"):
-        array = constant(node.inputs[0])
-        if array is not None and node.inputs[0] is not None:
-            folded = array.transpose(node.attributes["perm"].as_ints()).copy()
-            node.outputs[0].replace_all_uses_with(add_constant(model, f"{node.inputs[0].name}.T", folded))
-            model.graph.remove(node, safe=True)
 
 
 def drop_idle_pairs(model: ir.Model, keep_convolutions: bool) -> None:
