@@ -108,6 +108,24 @@ def test_a_metric_in_its_own_unit() -> None:
     assert "Down and to the left" in render(found)
 
 
+@pytest.mark.parametrize("strict_at", ["top", "after"])
+def test_two_limits_on_one_figure_of_the_last_stage_are_both_shown(strict_at: str) -> None:
+    found = only(report(), "onnxruntime")
+    limits = {"top": 0.01, "after": 0.01, strict_at: 0.005}
+    config = {"max_drop": limits["top"], "after": {"quantize": {"max_drop": limits["after"]}}}
+    found.gates = evaluate(GatesConfig.model_validate(config), found)
+    found.verdict = verdict(found.gates)
+    lines = [" ".join(line.split()) for line in shown(found, 140).splitlines()]
+    assert "stage gate limit onnxruntime" in lines
+    rows = [line for line in lines if line.startswith("quantize max_drop")]
+    assert sorted(re.sub("[¹²³⁴]", "", row) for row in rows) == [
+        "quantize max_drop ≤ 0.5 points ✗ 0.71",
+        "quantize max_drop ≤ 1 points ✓ 0.71",
+    ]
+    page = render(found)
+    assert page.count('<span class="badge fail">✗ 0.71') == page.count('<span class="badge pass">✓ 0.71') == 1
+
+
 # the page
 
 

@@ -167,18 +167,20 @@ class GateTable:
     @classmethod
     def of(cls, report: Report) -> GateTable:
         """All gates of the report."""
-        counts = Counter((gate.stage, gate.name, gate.target) for gate in report.gates)
+        found = {(gate.stage, gate.name, gate.target, gate.precision) for gate in report.gates}
+        counts = Counter(key[:3] for key in found)
         twice = {target for (_, _, target), count in counts.items() if count > 1}
-        judged: dict[tuple[str, str], dict[str, Gate]] = {}
+        # By limit too: the last stage may have one from the recipe's top and another from ``after``.
+        judged: dict[tuple[str, str, float], dict[str, Gate]] = {}
         for gate in report.gates:
             engine = gate.target or "all targets"
             if gate.target in twice and gate.precision:
                 engine += f" {gate.precision}"
-            judged.setdefault((gate.stage, gate.name), {})[engine] = gate
+            judged.setdefault((gate.stage, gate.name, gate.limit), {})[engine] = gate
         engines = list(dict.fromkeys(engine for row in judged.values() for engine in row))
         scale = Scale.of(report)
         rows = []
-        for (stage, name), row in judged.items():
+        for (stage, name, _), row in judged.items():
             limit = _gate_limit(next(iter(row.values())), scale)
             rows.append((stage, name, limit, [row.get(engine) for engine in engines]))
         return cls(engines, rows)

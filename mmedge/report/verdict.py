@@ -17,5 +17,5 @@ def verdict(gates: Iterable[Gate]) -> Literal["pass", "fail"]:
 def blame(gates: Iterable[Gate]) -> list[Gate]:
     """The gates that make the run fail: those that failed, and those that were measured on no target."""
     gates = list(gates)
-    measured = {(gate.name, gate.stage) for gate in gates if gate.verdict != "not_measured"}
-    return [gate for gate in gates if gate.verdict == "fail" or (gate.name, gate.stage) not in measured]
+    measured = {(gate.name, gate.stage, gate.limit) for gate in gates if gate.verdict != "not_measured"}
+    return [gate for gate in gates if gate.verdict == "fail" or (gate.name, gate.stage, gate.limit) not in measured]
