@@ -14,6 +14,7 @@ from recorder import Recorder
 
 from mmedge.errors import TargetError
 from mmedge.profile.accuracy import Accuracy, Drop, Outputs, modality_health, parity, run_split
+from mmedge.report.model import Modality
 from mmedge.task import Batch, Metric, Task, accuracy
 from mmedge.tasks.metrics import recall_at_k
 from mmedge.tensors import TensorSpec
@@ -229,7 +230,7 @@ def test_health_shows_which_modality_carries_the_model() -> None:
     assert health.modalities["image"]["noisy"] < 1.0
     alone = modality_health(lambda inputs: {"logits": inputs["image"]}, task, limit=150, seed=3)
     assert alone.modalities["image"]["missing"] < 0.5
-    assert alone.modalities["text"] == {"missing": 1.0, "noisy": 1.0}
+    assert alone.modalities["text"] == {"missing": 1.0, "noisy": 1.0, "reasons": {}}
     reader = modality_health(lambda inputs: {"logits": fuse(inputs)["logits"] - inputs["image"]}, task, 150, 3)
     assert reader.modalities["text"]["missing"] < 0.5
     assert 0.5 < reader.modalities["text"]["noisy"] < 1.0
@@ -256,15 +257,39 @@ def test_health_disturbs_every_engine_alike() -> None:
     assert other.count(False) == 3  # the noisy image of each batch
 
 
-def test_nan_on_a_missing_modality_names_it() -> None:
+def test_health_says_what_has_no_score_and_why() -> None:
     def normalise(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with np.errstate(invalid="ignore"):
             return {"logits": inputs["image"] / np.linalg.norm(inputs["image"], axis=1, keepdims=True)}
 
+    health = modality_health(normalise, two_towers(), limit=20)
+    image = health.modalities["image"]
+    assert image["missing"] is None
+    assert image["noisy"] is not None
+    assert image["reasons"]["missing"].startswith("with image missing, output 'logits' holds NaN")
+    assert "fill" in image["reasons"]["missing"]
+    assert health.modalities["text"] == {"missing": 1.0, "noisy": 1.0, "reasons": {}}
+
     with pytest.raises(TargetError, match="holds NaN") as caught:
-        modality_health(normalise, two_towers(), limit=20, label="torch")
-    assert caught.value.where == "torch: test batch 0, image missing"
-    assert "fill" in (caught.value.fix or "")
+        modality_health(lambda inputs: {"logits": np.nan * inputs["image"]}, two_towers(), limit=20, label="torch")
+    assert caught.value.where == "torch: test batch 0, all clean"
+
+
+def test_health_of_a_metric_that_is_not_defined_on_all_answers() -> None:
+    def correlation(outputs: Mapping[str, np.ndarray], targets: np.ndarray) -> float:
+        found = outputs["logits"].argmax(1)
+        return float(np.corrcoef(found, targets)[0, 1]) if np.ptp(found) and np.ptp(targets) else math.nan
+
+    task = two_towers(metric=Metric("correlation", correlation))
+    health, single = (modality_health(lambda inputs: {"logits": inputs["image"]}, task, limit) for limit in (20, 1))
+    assert health.clean == pytest.approx(1.0)
+    image = health.modalities["image"]
+    assert (image["missing"], image["reasons"]) == (None, {"missing": "with image missing, the metric returned nan"})
+    assert image["noisy"] is not None
+    assert single.clean is None  # and yet a health that a report can hold
+    for values in single.modalities.values():
+        shown = Modality(**values, clean=single.clean, samples=single.samples)
+        assert shown.why("clean") == "with all clean, the metric returned nan"
 
 
 def test_parity_reports_the_worst_output() -> None:

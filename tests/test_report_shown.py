@@ -126,6 +126,22 @@ def test_two_limits_on_one_figure_of_the_last_stage_are_both_shown(strict_at: st
     assert page.count('<span class="badge fail">✗ 0.71') == page.count('<span class="badge pass">✓ 0.71') == 1
 
 
+def test_a_modality_health_that_was_not_measured_is_shown_with_the_reason_and_fails_its_gate() -> None:
+    found, why = only(report(), "onnxruntime"), "with image missing, the metric returned nan"
+    for stage in found.stages:
+        stage.modalities["image"].missing = None
+        stage.modalities["image"].reasons = {"missing": why}
+    found.gates = evaluate(GatesConfig(max_modality_drop={"image": 0.1}), found)
+    found.verdict = verdict(found.gates)
+    assert [gate.verdict for gate in found.gates] == ["not_measured"]
+    assert found.verdict == "fail"
+    text, page = shown(found, 140), render(found)
+    assert re.search(rf"^[¹²³⁴] {why}$", text, re.MULTILINE)
+    assert f'title="{why}">missing –' in page
+    for shown_in in (text, page):
+        assert f"was not measured: {why}. It was measured on no target" in " ".join(shown_in.split())
+
+
 # the page
 
 

@@ -30,6 +30,10 @@ _CLEAN: Case = ("all", "clean")
 _FIXES = {"missing": "if the model cannot take the declared fill value, choose another: TensorSpec(..., fill=)"}
 
 
+class _NotFiniteError(TargetError):
+    """An engine's outputs hold NaN or infinite values."""
+
+
 @dataclass(frozen=True)
 class Outputs:
     """What an engine answers over some samples.
@@ -234,14 +238,15 @@ class Health:
     """What a model still does when one of its modalities is missing or noisy.
 
     Attributes:
-        clean: the metric on the same samples, undisturbed.
+        clean: the metric on the same samples, undisturbed; None where it is not defined on them.
         samples: how many.
-        modalities: by modality the metric with it ``missing`` and with it ``noisy``.
+        modalities: by modality the metric with it ``missing`` and with it ``noisy``, None where there is none, and the
+            ``reasons`` of what is None, ``clean`` among them.
     """
 
-    clean: float
+    clean: float | None
     samples: int
-    modalities: Mapping[str, Mapping[str, float]]
+    modalities: Mapping[str, Mapping[str, Any]]
 
 
 def modality_health(runner: Runner, task: Task, limit: int, seed: int = 0, label: str = "modality health") -> Health:
@@ -249,23 +254,50 @@ def modality_health(runner: Runner, task: Task, limit: int, seed: int = 0, label
 
     ``limit`` is rounded up to whole groups of samples that the metric scores with each other.
     Missing inputs hold their declared fill value; see ``tensors.disturb`` for the noise. It depends on ``seed``, the
-    batch and the modality alone, so every engine and every stage gets the same.
+    batch and the modality alone, so every engine and every stage gets the same. What is disturbed may have no score:
+    its outputs are not finite, or so much alike that the metric (a correlation, say) is not defined.
 
     Raises:
-        TargetError: the engine failed or its outputs are not finite, on whole or on disturbed inputs.
+        TargetError: the engine failed, or its outputs on undisturbed inputs are not finite.
     """
     kept = task.scored(task.metric)
     parts: dict[Case, list[Outputs]] = {}
+    found: dict[Case, float | str] = {}  # a text says why there is no score
     limit += -limit % task.metric.together
     for index, batch in enumerate(_first(task, "test", limit)):
         for case, inputs in _cases(task, batch.inputs, (seed, index)):
             where = f"{label}: test batch {index}, {' '.join(case)}"
-            answers = _answers(runner, task, inputs, where, _FIXES.get(case[1]))
-            parts.setdefault(case, []).append(_some(answers, batch.targets, kept))
-    whole = {case: _joined(some, label) for case, some in parts.items()}
-    scores = {case: task.score(answers.outputs, answers.targets) for case, answers in whole.items()}
-    modalities = {name: {state: scores[name, state] for state in ("missing", "noisy")} for name in task.modalities}
-    return Health(scores[_CLEAN], len(whole[_CLEAN]), modalities)
+            try:
+                answers = _answers(runner, task, inputs, where, _FIXES.get(case[1]))
+            except _NotFiniteError as err:
+                if case == _CLEAN:
+                    raise
+                found[case] = f"with {' '.join(case)}, {err.problem}" + (f"; {err.fix}" if err.fix else "")
+            else:
+                parts.setdefault(case, []).append(_some(answers, batch.targets, kept))
+    whole = {case: _joined(some, label) for case, some in parts.items() if case not in found}
+    found |= {case: _score(task, answers, case) for case, answers in whole.items()}
+    modalities = {
+        name: _figures({case[1]: found[case] for case in (_CLEAN, (name, "missing"), (name, "noisy"))})
+        for name in task.modalities
+    }
+    clean = found[_CLEAN]
+    return Health(None if isinstance(clean, str) else clean, len(whole[_CLEAN]), modalities)
+
+
+def _score(task: Task, answers: Outputs, case: Case) -> float | str:
+    """The metric, or why it is not defined on these answers."""
+    try:
+        return task.score(answers.outputs, answers.targets)
+    except TaskError as err:
+        return f"with {' '.join(case)}, the metric {err.problem}"
+
+
+def _figures(found: Mapping[str, float | str]) -> dict[str, Any]:
+    """What ``Health.modalities`` holds of one."""
+    reasons = {state: value for state, value in found.items() if isinstance(value, str)}
+    figures = {state: None if state in reasons else found[state] for state in ("missing", "noisy")}
+    return {**figures, "reasons": reasons}
 
 
 def _cases(task: Task, inputs: Arrays, seed: tuple[int, int]) -> Iterator[tuple[Case, Arrays]]:
@@ -332,7 +364,7 @@ def _answers(runner: Runner, task: Task, inputs: Arrays, where: str, nan_fix: st
         if array.shape[:1] != (count,):
             raise TargetError(f"output {name!r} has the shape {array.shape} for {count} samples", where=where)
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-            raise TargetError(f"output {name!r} holds NaN or infinite values", where=where, fix=nan_fix)
+            raise _NotFiniteError(f"output {name!r} holds NaN or infinite values", where=where, fix=nan_fix)
     return {name: outputs[name] for name in task.outputs}
 
 
