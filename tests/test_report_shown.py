@@ -13,9 +13,10 @@ from rich.console import Console
 
 from mmedge.report.gates import GatesConfig, evaluate
 from mmedge.report.html import render, write_html
-from mmedge.report.model import Report, Twin
+from mmedge.report.model import Outlier, Quantization, Report, Twin
 from mmedge.report.terminal import show
 from mmedge.report.verdict import verdict
+from mmedge.report.words import findings
 
 
 def gated() -> Report:
@@ -66,6 +67,17 @@ def test_groups_are_in_floating_point_only_where_the_whole_is_not(shipped: str, 
     final(found).twin = Twin.model_validate({**twin, "backed_off": {"head": "too slow"}})
     assert told in [line.strip() for line in shown(found, 140).splitlines()]
     assert f"<li>{told}</li>" in render(found)
+
+
+def test_findings_tell_errors_as_people_read_them_and_a_layer_once() -> None:
+    outliers = [Outlier(layer=name, ratio=ratio) for name, ratio in (("eye", 40), ("ear", 30), ("eye", 20))]
+    squares = {"eye": 0.0001, "head": 0.01, "all": 0.0144}  # squared errors over the variance
+    told = findings(Quantization(layers=3, outliers=outliers, sensitivity=squares))
+    assert [line.split(" times")[0] for line in told if "largest" in line] == [
+        "eye: its largest activation is 40.0",
+        "ear: its largest activation is 30.0",
+    ]
+    assert told[-1].endswith("(root mean square, of the standard deviation): head 10.0 %, eye 1.00 %; all 12.0 %")
 
 
 def test_reasons_are_footnotes_given_once() -> None:

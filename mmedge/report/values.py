@@ -105,6 +105,11 @@ def percent(fraction: float) -> str:
     return "99.9" if 0.9995 <= fraction < 1 else digits(100 * fraction, 3)
 
 
+def root_percent(squared: float) -> str:
+    """A squared error over the variance as people read it: ``10.0 %`` of the standard deviation where it is 0.01."""
+    return f"{digits(100 * math.sqrt(squared))} %"
+
+
 def with_unit(text: str, unit: str) -> str:
     """A figure and its unit."""
     return text + (unit if unit in ("", "×") else f" {unit}")

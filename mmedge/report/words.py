@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmedge.report.model import Quantization, Report, Result, Trial
-from mmedge.report.values import MIB, digits
+from mmedge.report.values import MIB, digits, root_percent
 
 MOST = 5  # of a list that could be long; report.json has all
 
@@ -101,15 +101,19 @@ def findings(found: Quantization) -> list[str]:
     lines = [f"{found.layers} layers can run in INT8"]
     lines += [f"{layer} stays in floating point: {why}" for layer, why in list(found.skipped.items())[:MOST]]
     lines += [f"{name}: {count} layers" for name, count in found.repairs.items()]
+    worst_use: dict[str, float] = {}
+    for each in found.outliers:  # worst first; a layer that is used twice may be here twice
+        worst_use.setdefault(each.layer, each.ratio)
     lines += [
-        f"{each.layer}: its largest activation is {digits(each.ratio)} times the 99.9th percentile"
-        for each in found.outliers[:MOST]
+        f"{layer}: its largest activation is {digits(ratio)} times the 99.9th percentile"
+        for layer, ratio in list(worst_use.items())[:MOST]
     ]
     worst = sorted(((group, each) for group, each in found.sensitivity.items() if group != "all"), key=lambda x: -x[1])
     if worst:
-        named = ", ".join(f"{group} {digits(100 * each)} %" for group, each in worst[:MOST])
+        named = ", ".join(f"{group} {root_percent(each)}" for group, each in worst[:MOST])
         lines.append(
-            f"output error when one group alone rounds: {named}; all {digits(100 * found.sensitivity['all'])} %"
+            "output error when one group alone rounds (root mean square, of the standard deviation): "
+            f"{named}; all {root_percent(found.sensitivity['all'])}"
         )
     return lines + [_told(trial) for trial in found.trials]
 
