@@ -29,6 +29,7 @@ from mmedge.profile.latency import EngineRef, interleaved
 from mmedge.profile.worker import SETTLE, TURN
 from mmedge.recipe import TwinConfig
 from mmedge.report.gates import ROUNDING
+from mmedge.report.values import root_percent
 from mmedge.targets.base import Target
 from mmedge.tensors import Array
 
@@ -293,10 +294,9 @@ class _Search:
                 told = self._told(engine, drop)
                 self._say(f"{len(given)} of {len(order)} groups in floating point for accuracy: {told}")
             count *= 2
-        return engine, {
-            group: f"accuracy: rounding it alone changes the outputs by {self.step.damage.get(group, 0.0):.2%}"
-            for group in given
-        }
+        damage = {group: root_percent(self.step.damage.get(group, 0.0)) for group in given}
+        said = "accuracy: rounding it alone changes the outputs by {} of their standard deviation"
+        return engine, {group: said.format(percent) for group, percent in damage.items()}
 
     def _repair_speed(self, engine: Engine, given_back: dict[str, str]) -> tuple[Engine, dict[str, str]]:
         """Give back every group that is faster in floating point."""

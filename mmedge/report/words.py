@@ -90,6 +90,8 @@ def _verdict(result: Result) -> str:
     if twin.shipped == "twin":
         return f"shipped as its {twin.precision} twin: {twin.reason}"
     name = "INT8" if twin.shipped == "int8" else "INT8 with groups in floating point"
+    if result.int8_coverage is None:
+        name += " (the runtime does not say which layers)"
     if twin.speedup is None:
         return f"{name}: {twin.reason}"
     interval = f" (95 % CI {digits(twin.ci95[0])}–{digits(twin.ci95[1])})" if twin.ci95 else ""
