@@ -54,6 +54,13 @@ class Residual(nn.Module):
         return self.head(x.mean(1))
 
 
+class Chain(nn.Sequential):
+    """Layers one after the other, each on the pixels of a row."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image).mean((1, 2))
+
+
 def random_task(model: nn.Module) -> Task:
     def batches(split: str, seed: int):
         rng = np.random.default_rng(len(split))
@@ -121,6 +128,14 @@ def test_the_float_network_is_left_as_it_was(quantized) -> None:
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
     stage.run(Network(task.model), context)
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
+
+
+def test_biases_are_corrected_behind_compensated_rounding_too() -> None:
+    settings = {"rounding": "compensated", "bias_correction": True, "sensitivity_samples": 0}
+    *_, saved = quantize(lambda: Chain(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()), **settings)
+    rounded = {each["layer"] for each in saved.edits["rounded"] if not each["reason"]}
+    assert rounded
+    assert all(each["shift"] > 0 for each in saved.edits["biases"] if each["layer"] in rounded)
 
 
 def test_keep_float_is_obeyed_and_reported(quantized) -> None:

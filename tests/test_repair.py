@@ -15,6 +15,7 @@ from mmedge.stages.base import as_tensors
 from mmedge.stages.quantization import bias, rounding, sensitivity, smoothing
 from mmedge.stages.quantization.placement import Int8Placement
 from mmedge.stages.quantization.prepared import (
+    Layer,
     converted,
     copied,
     layers_of,
@@ -429,20 +430,35 @@ def test_bias_correction_brings_the_mean_of_the_output_back(convolutions: Calibr
     coarse = copied(prepared)
     coarse.get_submodule(layer.weight_range).bound *= 20  # a rounding error that cannot be overlooked
     read = tensors_by_range(prepared, draw(2, 4, **IMAGE))[layer.input_range]
-    axis = 1 if layer.is_convolution else -1
-
-    def mean_output(graph: GraphModule, weight: Tensor) -> Tensor:
-        output = layer.node.target(read, weight, tensor_at(graph, layer.bias_path), *layer.node.args[3:])
-        return output.detach().movedim(axis, -1).flatten(0, -2).mean(0)
-
-    exact = mean_output(prepared, weight := tensor_at(prepared, layer.weight_path))
-    rounded = FakeQuantize(coarse.get_submodule(layer.weight_range))(weight)
-    before = (mean_output(coarse, rounded) - exact).square().sum()
+    before = mean_error(layer, coarse, prepared, read)
     (entry,) = (entry for entry in bias.correct(coarse, mean) if entry.layer == name)
-    after = (mean_output(coarse, rounded) - exact).square().sum()
-    assert after < 0.15 * before
+    assert mean_error(layer, coarse, prepared, read) < 0.15 * before
     assert not entry.reason
     assert entry.shift > 0
+
+
+def mean_error(layer: Layer, changed: GraphModule, original: GraphModule, read: Tensor) -> float:
+    """Of what a layer gives once its weight is rounded, channel by channel: the mean alone, squared."""
+    means, rounding_of = [], FakeQuantize(changed.get_submodule(layer.weight_range))
+    for graph, made in ((original, nn.Identity()), (changed, rounding_of)):
+        weights = made(tensor_at(graph, layer.weight_path)), tensor_at(graph, layer.bias_path)
+        output = layer.node.target(read, *weights, *layer.node.args[3:]).detach()
+        means.append(output.movedim(1 if layer.is_convolution else -1, -1).flatten(0, -2).mean(0))
+    return float((means[1] - means[0]).square().sum())
+
+
+def test_bias_correction_takes_off_what_compensated_rounding_leaves_of_the_mean(transformer: Calibrated) -> None:
+    prepared, _, mean = transformer
+    repaired = copied(prepared)
+    kept = {entry.layer for entry in rounding.compensate(repaired, draw(1, 8, **TEXT)) if not entry.reason}
+    read = tensors_by_range(prepared, draw(1, 8, **TEXT))
+    layers = [layer for layer in layers_of(prepared) if layer.name in kept]
+    before = [mean_error(layer, repaired, prepared, read[layer.input_range]) for layer in layers]
+    shifts = {entry.layer: entry.shift for entry in bias.correct(repaired, mean, state_of(prepared))}
+    assert len(layers) > 5
+    for layer, error in zip(layers, before, strict=True):
+        assert shifts[layer.name] > 0
+        assert mean_error(layer, repaired, prepared, read[layer.input_range]) < 0.15 * error
 
 
 def test_bias_correction_lists_what_it_leaves_out(convolutions: Calibrated) -> None:
@@ -467,7 +483,7 @@ def test_repairs_lower_the_error_that_weights_make_in_a_trained_network(small_ta
     rounding.compensate(compensated, batches)
     repaired = error_of_weights(compensated, prepared, fresh)
     assert 0 < repaired < 0.3 * nearest
-    bias.correct(compensated, mean)  # little is left to correct, and no harm is done
+    bias.correct(compensated, mean, state_of(prepared))  # little is left to correct, and no harm is done
     assert error_of_weights(compensated, prepared, fresh) < 1.05 * repaired
 
 

@@ -48,7 +48,7 @@ class Quantize(Stage):
 
     name = "quantize"
     gives = "qdq"
-    version = 8
+    version = 9
 
     class Config(StageConfig):
         """Settings of ``quantize``.
@@ -315,7 +315,7 @@ def _repair(work: _Work, seen: Mapping[str, Any]) -> dict[str, Tensor]:
         from mmedge.stages.quantization.bias import correct
 
         means = {path: each.channel_mean for path, each in seen.items()}
-        work.edits["biases"] = [_told(each) for each in correct(work.prepared, means)]
+        work.edits["biases"] = [_told(each) for each in correct(work.prepared, means, before)]
     return {path: tensor for path, tensor in before.items() if not torch.equal(tensor, tensor_at(work.prepared, path))}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -36,7 +37,9 @@ class Corrected:
     shift: float = 0.0
 
 
-def correct(prepared: GraphModule, channel_mean: Mapping[str, Tensor]) -> list[Corrected]:
+def correct(
+    prepared: GraphModule, channel_mean: Mapping[str, Tensor], exact: Mapping[str, Tensor] = MappingProxyType({})
+) -> list[Corrected]:
     """Add ``(W - Q(W)) E[x]`` to every bias, in place; call it once, after all that changes weights.
 
     A convolution's kernel positions all see the mean of their input channel: exact but for zero padding at borders. Of
@@ -46,6 +49,7 @@ def correct(prepared: GraphModule, channel_mean: Mapping[str, Tensor]) -> list[C
         prepared: calibrated, with measured weights that are its own, not shared with another graph. Layers without
             a bias are left as they are, as the structure of the graph does not change.
         channel_mean: by ``Range`` path, the mean of every channel, ``(channels,)``.
+        exact: by path, weights as they were before compensated rounding, which leaves none that rounding would change.
 
     Returns:
         One entry per layer, in running order.
@@ -63,17 +67,17 @@ def correct(prepared: GraphModule, channel_mean: Mapping[str, Tensor]) -> list[C
         if layer.is_convolution and axes[layer.input_range] != 1:
             result.append(Corrected(layer.name, "a linear layer reads the same values, along another axis"))
             continue
-        shift = _shift(prepared, layer, channel_mean[layer.input_range])
+        shift = _shift(prepared, layer, channel_mean[layer.input_range], exact)
         bias.add_(shift)
         result.append(Corrected(layer.name, "", float(shift.abs().max())))
     return result
 
 
-def _shift(prepared: GraphModule, layer: Layer, mean: Tensor) -> Tensor:
+def _shift(prepared: GraphModule, layer: Layer, mean: Tensor, exact: Mapping[str, Tensor]) -> Tensor:
     """By how much the mean output of a rounded layer is too small, ``(channels out,)``."""
     weight = tensor_at(prepared, layer.weight_path).detach()
     kept: Range = prepared.get_submodule(layer.weight_range)  # type: ignore[assignment]
-    difference = weight - FakeQuantize(kept)(weight)
+    difference = exact.get(layer.weight_path, weight) - FakeQuantize(kept)(weight)
     if layer.node.target in TRANSPOSED:
         summed = difference.flatten(2).sum(-1).T / _positions(layer, difference.ndim - 2)
     else:
