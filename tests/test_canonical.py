@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from mmedge.lower.export import onnx_of, write
 from mmedge.lower.shape import shape_for
 from mmedge.pipeline.line import release_of
 from mmedge.stages.base import Network, as_tensors, outputs_of
-from mmedge.stages.quantize import Quantize, prepare
+from mmedge.stages.quantize import Quantize, _same_values, prepare
 from mmedge.targets.openvino import OpenVino
 from mmedge.task import Batch, Metric, Task, accuracy
 from mmedge.tensors import TensorSpec
@@ -254,6 +256,26 @@ def test_a_graph_with_other_values_is_refused(context_of, monkeypatch) -> None:
     task = task_of(spread(Norms(levels)))
     with pytest.raises(StageError, match="gives other values of 'logits' than the network"):
         Quantize(Quantize.Config()).run(Network(task.model), context_of(task))
+
+
+@pytest.mark.parametrize(
+    ("exact", "found", "refused"),
+    [
+        ([1.0, 2.0], [1.0, 2.001], False),
+        ([1.0, 2.0], [1.0, 2.003], True),
+        ([1.0, 2.0], [1.0, math.nan], True),
+        ([1.0, math.nan, -math.inf], [1.0, math.nan, -math.inf], False),  # the network's own
+        ([1.0, math.nan, -math.inf], [1.002, math.nan, -math.inf], True),
+        ([1.0, -math.inf], [1.0, math.inf], True),
+        ([1.0, -math.inf], [1.0, -1e30], True),
+        ([math.inf], [math.inf], False),
+    ],
+)
+def test_nan_and_infinity_are_compared_too(exact: list[float], found: list[float], refused: bool) -> None:
+    task = task_of(Norms(plain))
+    network, graph = (lambda image, value=value: torch.tensor([value]) for value in (exact, found))
+    with pytest.raises(StageError, match="other values") if refused else nullcontext():
+        _same_values(Network(network), graph, task)
 
 
 @pytest.mark.parametrize(("pattern", "near"), [("hed", "head"), ("stem*z", "stem")])

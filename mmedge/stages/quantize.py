@@ -271,12 +271,18 @@ def _same_values(network: Network, prepared: GraphModule, task: Task) -> None:
     with torch.no_grad():
         exact, found = (outputs_of(module, inputs, task.outputs) for module in (network.module, prepared))
     for name, values in exact.items():
-        if values.is_floating_point() and (found[name] - values).abs().max() > 1e-3 * values.abs().max():
+        if values.is_floating_point() and not _is_close(found[name].double(), values.double()):
             raise StageError(
                 f"the graph that would be quantized gives other values of {name!r} than the network",
                 where=f"task {task.name}: quantize",
                 fix="avoid code in forward() that writes into tensors or shares layers in unusual ways, and report it",
             )
+
+
+def _is_close(found: Tensor, exact: Tensor) -> bool:
+    """Whether it is the same to a thousandth of the largest value; the network's own NaN and infinity may stay."""
+    largest = float(exact.nan_to_num(0, 0, 0).abs().max())
+    return torch.allclose(found, exact, rtol=0, atol=1e-3 * largest, equal_nan=True)
 
 
 def _calibrated(work: _Work) -> Mapping[str, Any]:
