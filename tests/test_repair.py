@@ -536,6 +536,40 @@ def test_sensitivity_counts_the_worst_output_and_survives_a_constant_one() -> No
     assert all(math.isfinite(value) for value in found.values())
 
 
+class Logarithm(nn.Module):
+    """The logarithm of small sums and of large ones: rounded, the small ones are zero. A first column is infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums, self.head = nn.Linear(8, 4, bias=False), nn.Linear(8, 4)
+        self.sums.weight.data.abs_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logs = self.sums(x.abs() * 10 ** (6 * x[:, :1]).clamp(-6, 6)).log()
+        return torch.cat([torch.full_like(x[:, :1], -torch.inf), logs + self.head(x)], dim=1)
+
+
+def test_sensitivity_is_a_number_where_rounding_gives_infinity() -> None:
+    torch.manual_seed(0)
+    batches = draw(1, 2, x=(8,))
+    prepared, _, _ = calibrated(traced(Logarithm(), batches[0]), batches)
+    assert not run(simulated(prepared), batches)[:, 1:].isfinite().all()
+    groups = {"head": ["head"], "sums": ["sums"]}
+    found = sensitivity.sensitivity(prepared, prepared, batches, ("y",), groups)
+    assert found["sums"] == found["all"] == sensitivity.WORST
+    assert 0 < found["head"] < 0.01
+
+
+@pytest.mark.parametrize("samples", [1, 7])
+def test_sensitivity_of_an_output_that_never_changes_is_measured_by_its_size(samples: int) -> None:
+    torch.manual_seed(0)
+    batches = draw(1, 1, input=(8,))
+    prepared, _, _ = calibrated(traced(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)), batches[0]), batches)
+    same = [{"input": batches[0]["input"][:1].repeat(samples, 1)}] * 3
+    found = sensitivity.sensitivity(prepared, prepared, same, ("y",), {"first": ["0"], "second": ["1"]})
+    assert all(0 < value < 0.01 for value in found.values())
+
+
 def test_sensitivity_of_the_template(small_task) -> None:
     model = small_task.model.eval()
     batches = [as_tensors(small_task.example().inputs)]

@@ -52,6 +52,13 @@ def test_table_cuts_nothing_off(width: int) -> None:
         assert part in " ".join(text.split())
 
 
+def test_an_error_beyond_measure_has_no_long_figure() -> None:
+    found = Quantization(layers=2, sensitivity={"head": 0.0123, "mel": 1e4, "all": 1e4})
+    assert findings(found)[1:] == [
+        "output error when one group alone rounds: mel more than 1,000 %, head 1.23 %; all more than 1,000 %"
+    ]
+
+
 def test_one_wide_table_holds_every_column() -> None:
     line = next(line for line in shown(report(), 140).splitlines() if line.startswith("quantize"))
     assert " ".join(line.split()) == "quantize int8 96.87 0.71 1.67 1.77 –¹ 5.88 0.725 18.2 70.0 93.8 0.99998"

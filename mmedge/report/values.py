@@ -106,8 +106,11 @@ def percent(fraction: float) -> str:
 
 
 def root_percent(squared: float) -> str:
-    """A squared error over the variance as people read it: ``10.0 %`` of the standard deviation where it is 0.01."""
-    return f"{digits(100 * math.sqrt(squared))} %"
+    """A squared error over the variance as people read it: ``10.0 %`` of the standard deviation where it is 0.01.
+
+    More than ten standard deviations say only that all is lost.
+    """
+    return f"{digits(100 * math.sqrt(squared))} %" if squared <= 100 else "more than 1,000 %"
 
 
 def with_unit(text: str, unit: str) -> str:

@@ -14,6 +14,7 @@ from mmedge.stages.quantization.simulate import FakeQuantize, enable_only, simul
 
 ALL = "all"
 MOST_GROUPS = 16  # each costs a pass over the samples
+WORST = 1e4  # of what gives NaN or infinity: a report is JSON, which knows neither
 
 
 def sensitivity(
@@ -34,8 +35,10 @@ def sensitivity(
 
     Returns:
         For each group, and for ``all`` (everything rounds, residual sums and concatenations too), the mean squared
-        error over the variance of the floating-point output: 0 is exact, 1 no better than a constant. Of several
-        outputs the worst counts. In the order of ``groups``, ``all`` last.
+        error over the variance of the floating-point output: 0 is exact, 1 no better than a constant, and
+        ``WORST`` the most. Of several outputs the worst counts; one that never changes is measured by its square.
+        Where the floating-point output itself is NaN or infinite, nothing counts. In the order of ``groups``, ``all``
+        last.
     """
     graph = simulated(prepared)
     errors = {group: dict.fromkeys(outputs, 0.0) for group in (*groups, ALL)}
@@ -44,14 +47,14 @@ def sensitivity(
         for batch in inputs:
             exact = {name: value.double() for name, value in outputs_of(reference, batch, outputs).items()}
             for name, value in exact.items():
-                spread[name].add(value)
+                spread[name].add(value[value.isfinite()])
             for group, found in errors.items():
                 _round_only(graph, prepared, groups, group)
                 rounded = outputs_of(graph, batch, outputs)
                 for name, value in exact.items():
-                    found[name] += float((rounded[name].double() - value).square().sum())
+                    found[name] += float((rounded[name].double() - value)[value.isfinite()].square().sum())
     return {
-        group: max(_relative(error, spread[name].squares) for name, error in found.items())
+        group: max(_relative(error, spread[name].size) for name, error in found.items())
         for group, found in errors.items()
     }
 
@@ -65,10 +68,10 @@ def _round_only(graph: GraphModule, prepared: GraphModule, groups: Mapping[str, 
             module.enabled = True
 
 
-def _relative(error: float, squares: float) -> float:
-    if squares > 0:
-        return error / squares
-    return math.inf if error else 0.0  # the output never changes: any error is without measure
+def _relative(error: float, size: float) -> float:
+    if error == 0:
+        return 0.0
+    return min(error / size, WORST) if size > 0 and math.isfinite(error) else WORST
 
 
 class _Spread:
@@ -77,7 +80,14 @@ class _Spread:
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
 
+    @property
+    def size(self) -> float:
+        """What errors are measured by: the squares about the mean; those about 0 of values that are all the same."""
+        return self.squares or self.count * self.mean**2
+
     def add(self, values: Tensor) -> None:
+        if not values.numel():
+            return
         count, mean = values.numel(), float(values.mean())
         step, total = mean - self.mean, self.count + count
         self.squares += float((values - mean).square().sum()) + step * step * self.count * count / total
