@@ -282,8 +282,55 @@ def test_nan_and_infinity_are_compared_too(exact: list[float], found: list[float
 def test_a_name_that_no_layer_has_is_an_error(context_of, pattern: str, near: str) -> None:
     task = task_of(Norms(plain))
     with pytest.raises(StageError, match=f"unknown layer '{pattern.replace('*', '[*]')}'") as caught:
-        Quantize(Quantize.Config(keep_float=("norms.*", pattern))).run(Network(task.model), context_of(task))
+        Quantize(Quantize.Config(keep_float=("stem", pattern))).run(Network(task.model), context_of(task))
     assert f"did you mean {near!r}" in (caught.value.fix or "")
+
+
+class Tower(nn.Module):
+    """Layers within a module, one that is no module of PyTorch's, and modules that are no layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.ReLU(), nn.GroupNorm(2, WIDTH))
+        self.own = nn.Module()
+        self.own.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(F.linear(self.image(image).mean((2, 3)), self.own.weight))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "problem", "fix"),
+    [
+        ("image", "unknown layer 'image'", "use 'image.*' for all that is in it"),
+        ("imag?", "unknown layer 'imag?'", "use 'imag?.*' for all that is in it"),
+        ("image.1", "'image.1' is a module without a layer", "leave it out; known: head, image.0, own"),
+        ("image.2", "'image.2' is a module without a layer", "leave it out; known: head, image.0, own"),
+        ("imag", "unknown layer 'imag'", "did you mean 'image.0'?"),
+    ],
+)
+def test_a_name_that_keeps_nothing_in_float_is_refused_before_the_baseline_is_built(
+    context_of, pattern: str, problem: str, fix: str
+) -> None:
+    task = task_of(Tower())
+    with pytest.raises(StageError) as caught:
+        Quantize(Quantize.Config(keep_float=("head", pattern))).check(Network(task.model), context_of(task))
+    assert problem in str(caught.value)
+    assert fix in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize(("patterns", "kept"), [(("image.*",), {"image.0"}), (("own", "head"), {"own", "head"})])
+def test_a_name_of_layers_keeps_them_in_float(context_of, patterns: tuple[str, ...], kept: set[str]) -> None:
+    task = task_of(Tower())
+    Quantize(Quantize.Config(keep_float=patterns)).check(Network(task.model), context_of(task))
+    assert set(prepare(Network(task.model), task, patterns)[1]["skipped"]) == kept
+
+
+def test_names_of_usual_layers_are_known_without_a_trace(context_of, monkeypatch) -> None:
+    monkeypatch.setattr("mmedge.stages.quantize.prepare", None)
+    task = task_of(Tower())
+    Quantize(Quantize.Config(keep_float=("image.*", "head"))).check(Network(task.model), context_of(task))
 
 
 def test_the_x86_placement_refuses_what_it_has_not() -> None:

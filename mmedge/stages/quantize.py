@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 from typing_extensions import Self
 
@@ -20,6 +20,7 @@ from mmedge.stages.trace import graph_of, quiet, without_wrappers
 from mmedge.task import Task
 
 EXACT = "exact:"  # before the names of tensors as they were; no path in a module has a colon
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)  # known without a trace
 
 
 class Tune(StageConfig):
@@ -87,9 +88,10 @@ class Quantize(Stage):
 
     def check(self, network: Network, context: Context) -> None:
         """``keep_float`` names layers."""
-        modules = {without_wrappers(path) for path, _ in network.module.named_modules()}
-        if not all(any(fnmatchcase(path, pattern) for path in modules) for pattern in self.config.keep_float):
-            prepare(network, context.task, self.config.keep_float)  # a trace may find layers that are no modules
+        modules = network.module.named_modules()
+        layers = [without_wrappers(path) for path, module in modules if isinstance(module, LAYERS)]
+        if not all(_names_any(pattern, layers) for pattern in self.config.keep_float):
+            prepare(network, context.task, self.config.keep_float)  # a trace knows what else is a layer
 
     def judged_on(self, first: str | None) -> str | None:
         """The tuner takes what is good on one target."""
@@ -243,12 +245,9 @@ def prepare(network: Network, task: Task, keep_float: tuple[str, ...]) -> tuple[
     with quiet():
         prepared = prepare_pt2e(spelled_out(canonical(graph_of(network.module, task))), placement)
     skipped = {each.layer: each.reason for each in placement.skipped}
-    layers = {*placement.quantized, *skipped}
-    names = {*layers, *(without_wrappers(path) for path, _ in network.module.named_modules())}
     for pattern in keep_float:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            problem, fix = unknown("layer", pattern, layers)
-            fix = f"{fix}; `NAME.*` stands for all layers within a module"
+        if not _names_any(pattern, placement.names):
+            problem, fix = _why_unknown(pattern, {*placement.quantized, *skipped}, network)
             raise StageError(problem, where=f"task {task.name}: quantize.keep_float", fix=fix)
     if not placement.quantized:
         reasons = sorted(set(skipped.values())) or ["no convolution or linear layer"]
@@ -259,6 +258,21 @@ def prepare(network: Network, task: Task, keep_float: tuple[str, ...]) -> tuple[
         )
     found = {"quantized": placement.quantized, "attention": placement.attention, "skipped": skipped}
     return prepared, {"keep_float": list(keep_float), **found}
+
+
+def _names_any(pattern: str, names: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _why_unknown(pattern: str, layers: Collection[str], network: Network) -> tuple[str, str]:
+    """Problem and fix for a pattern that keeps no layer in floating point."""
+    problem, fix = unknown("layer", pattern, layers)
+    if _names_any(f"{pattern}.*", layers):
+        return problem, f"use '{pattern}.*' for all that is in it"
+    if _names_any(pattern, (without_wrappers(path) for path, _ in network.module.named_modules())):
+        problem = f"{pattern!r} is a module without a layer that could be kept in floating point"
+        return problem, f"leave it out; known: {', '.join(sorted(layers))}"
+    return problem, f"{fix}; `NAME.*` stands for all layers within a module"
 
 
 def _same_values(network: Network, prepared: GraphModule, task: Task) -> None:

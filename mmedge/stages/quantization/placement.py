@@ -91,6 +91,9 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
 
     Args:
         keep_float: patterns (``fnmatch``) of layer names that stay floating point.
+
+    Attributes:
+        names: all that such a pattern can name: layers, the modules that hold their weights, modules that attend.
     """
 
     def __init__(self, keep_float: Iterable[str] = ()) -> None:
@@ -99,6 +102,7 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
         self.quantized: list[str] = []
         self.attention: list[str] = []
         self.skipped: list[Skipped] = []
+        self.names: set[str] = set()
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Mark every edge that carries an INT8 tensor."""
@@ -120,6 +124,8 @@ class Int8Placement(Quantizer):  # type: ignore[misc]
                 _annotate_pooling(node)
             elif node.target in CONCAT:
                 _annotate_concat(node)
+        self.names = {name(node) for node in weighted for name in (layer_name, module_name)}
+        self.names |= {each.layer for each in self.skipped} | {module_name(node) for node in nodes if attended(node)}
         fixed = {module_name(node) for node in nodes if not inputs.issuperset(attended(node))}
         partly = {module_name(node) for node in nodes if not self._linear_layers(node) <= set(self.quantized)}
         for node in nodes:
