@@ -59,6 +59,11 @@ def test_an_error_beyond_measure_has_no_long_figure() -> None:
     ]
 
 
+def test_what_was_not_counted_is_not_called_none() -> None:
+    assert findings(Quantization(layers=0)) == []
+    assert findings(Quantization(layers=2)) == ["2 layers can run in INT8"]
+
+
 def test_one_wide_table_holds_every_column() -> None:
     line = next(line for line in shown(report(), 140).splitlines() if line.startswith("quantize"))
     assert " ".join(line.split()) == "quantize int8 96.87 0.71 1.67 1.77 –¹ 5.88 0.725 18.2 70.0 93.8 0.99998"

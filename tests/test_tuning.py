@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from mmedge.progress import Progress
 from mmedge.stages.base import Judgement, Network, as_tensors, outputs_of
 from mmedge.stages.quantization.tuning import Candidate, Trial, candidates, neural_compressor, search
 from mmedge.stages.quantization.x86 import x86_quantized, x86_restore, x86_state
+from mmedge.stages.quantize import Quantize
 from mmedge.stages.trace import graph_of, quiet
 
 BASE: dict[str, Any] = {
@@ -388,6 +390,8 @@ def test_x86_form_has_uint8_activations_with_zero_points_and_int8_weights(x86) -
     assert {node.args[5] for node in pairs} == {torch.uint8}
     assert {bool(node.args[2]) for node in pairs} == {True, False}  # two-sided inputs, and what a ReLU gives
     assert sum(tensor.dtype == torch.int8 for tensor in found.state_dict().values()) == 6
+    _, layers = x86_state(graph, batches)
+    assert sorted(layers) == ["camera.0", "camera.3", "fusion.0", "head", "inertial.0", "inertial.2"]
     assert not any(
         str(node.target).startswith("quantized_decomposed.quantize_per_channel") for node in found.graph.nodes
     )
@@ -400,7 +404,7 @@ def test_x86_form_has_uint8_activations_with_zero_points_and_int8_weights(x86) -
 def test_x86_form_is_restored_to_the_last_bit_from_tensors_alone(x86) -> None:
     task, graph, batches = x86
     before, nodes = copy.deepcopy(graph.state_dict()), [node.name for node in graph.graph.nodes]
-    kept = load(save({name: tensor.clone() for name, tensor in x86_state(graph, batches).items()}))
+    kept = load(save({name: tensor.clone() for name, tensor in x86_state(graph, batches)[0].items()}))
     once = logits(x86_quantized(graph, batches), task, batches[1])
     again = logits(x86_restore(graph_of(task.model, task), kept), task, batches[1])
     assert torch.equal(once, again)
@@ -438,10 +442,50 @@ def test_x86_form_needs_finite_ranges(x86) -> None:
     _, graph, batches = x86
     with pytest.raises(StageError, match="no finite range"):
         x86_quantized(graph, [])
-    broken = [{**batches[0], "motion": torch.full_like(batches[0]["motion"], math.inf)}]
-    with pytest.raises(StageError, match="no finite range") as caught:
-        x86_state(graph, broken)
-    assert "NaN or overflow" in (caught.value.fix or "")
+    for value in (math.inf, math.nan):
+        broken = [*batches[:1], {**batches[1], "motion": torch.full_like(batches[1]["motion"], value)}]
+        with pytest.raises(StageError, match="no finite range") as caught:
+            x86_state(graph, broken)
+        assert "NaN or overflow" in (caught.value.fix or "")
+
+
+def x86_of(task, context_of, **settings):
+    stage = Quantize(Quantize.Config.model_validate({"placement": "x86", **settings}))
+    return stage.run(Network(task.model), context_of(task))
+
+
+def test_x86_form_has_the_checks_of_calibration_data(small_task, context_of) -> None:
+    available = sum(len(batch) for batch in small_task.stream("calibration"))
+    with pytest.raises(StageError, match=f"has {available} samples, the recipe asks for 100000"):
+        x86_of(small_task, context_of, calibration={"samples": 100_000})
+
+    def stuck(split, seed):
+        for batch in small_task.batches(split, seed):
+            yield replace(batch, inputs={**batch.inputs, "motion": np.ones_like(batch.inputs["motion"])})
+
+    with pytest.raises(StageError, match="all 64 calibration samples have the same motion"):
+        x86_of(replace(small_task, batches=stuck), context_of, calibration={"samples": 64})
+
+
+def test_x86_form_counts_its_layers(small_task, context_of) -> None:
+    saved = x86_of(small_task, context_of, calibration={"samples": 64})
+    assert saved.edits["layers"] == 6
+
+
+@pytest.mark.parametrize("placement", ["tensorrt", "x86"])
+def test_the_search_begins_with_the_placement_that_the_recipe_says(small_task, context_of, placement: str) -> None:
+    tried: list[str] = []
+
+    def judge(parent: Network, network: Network) -> Judgement:
+        tried.append("x86" if network.prepared is None else "tensorrt")
+        return Judgement(0.0 if len(tried) == 2 else 1.0, 2.0)
+
+    settings = {"placement": placement, "calibration": {"samples": 64}, "tune": {"max_drop": 0.5, "trials": 2}}
+    stage = Quantize(Quantize.Config.model_validate(settings))
+    saved = stage.run(Network(small_task.model), context_of(small_task, judge=judge))
+    second = {"x86": "mmedge's own placement", "tensorrt": "observer entropy"}[placement]
+    assert [trial["name"] for trial in saved.edits["trials"]] == ["as the recipe says", second]
+    assert tried == [placement, "tensorrt"]
 
 
 def test_x86_form_without_the_library_is_an_error(x86, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def _verdict(result: Result) -> str:
 
 def findings(found: Quantization) -> list[str]:
     """What the quantizer found, one sentence each."""
-    lines = [f"{found.layers} layers can run in INT8"]
+    lines = [f"{found.layers} layers can run in INT8"] if found.layers else []
     lines += [f"{layer} stays in floating point: {why}" for layer, why in list(found.skipped.items())[:MOST]]
     lines += [f"{name}: {count} layers" for name, count in found.repairs.items()]
     worst_use: dict[str, float] = {}

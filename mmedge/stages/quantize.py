@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -18,6 +18,9 @@ from mmedge.stages.base import Context, Network, Saved, Stage, StageConfig, as_t
 from mmedge.stages.quantization.settings import Calibration
 from mmedge.stages.trace import graph_of, quiet, without_wrappers
 from mmedge.task import Task
+
+if TYPE_CHECKING:
+    from mmedge.stages.quantization.tuning import Candidate
 
 EXACT = "exact:"  # before the names of tensors as they were; no path in a module has a colon
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)  # known without a trace
@@ -109,11 +112,15 @@ class Quantize(Stage):
 
 
 def _for_x86(config: Quantize.Config, network: Network, context: Context) -> Saved:
+    from mmedge.stages.quantization.calibration import varied
     from mmedge.stages.quantization.x86 import x86_state
 
-    samples = _inputs(context.task, config.calibration.samples)
-    edits = {"placement": "x86", "keep_float": [], "quantized": [], "attention": [], "skipped": {}, "groups": {}}
-    return Saved(x86_state(graph_of(network.module, context.task), samples), edits)
+    samples = config.calibration.samples
+    batches = varied(context.task, samples, size=samples)  # as the task gives them: its ranges depend on that
+    state, layers = x86_state(graph_of(network.module, context.task), batches)
+    # None of them can go back to floating point alone, so they are only counted.
+    edits = {"quantized": [], "layers": len(layers), "attention": [], "skipped": {}, "groups": {}}
+    return Saved(state, {"placement": "x86", "keep_float": [], **edits})
 
 
 @dataclass
@@ -155,9 +162,8 @@ def tuned(config: Quantize.Config, tune: Tune, network: Network, context: Contex
     Raises:
         StageError: no target of the run can run engines here, so that nothing can be judged.
     """
-    from mmedge.stages.quantization.tuning import Candidate, candidates, search
+    from mmedge.stages.quantization.tuning import search
 
-    x86 = Candidate("neural-compressor's x86 placement", {**_settings_of(config), "placement": "x86"})
     where = f"task {context.task.name}: quantize.tune"
     if context.judge is None:
         raise StageError("no target of this run can run engines here", where=where, fix="leave tune out, or add one")
@@ -167,12 +173,12 @@ def tuned(config: Quantize.Config, tune: Tune, network: Network, context: Contex
         quick = _with(config, candidate.settings).model_copy(update={"sensitivity_samples": 0})
         return restored(network, context.task, quantized(quick, network, context))
 
-    first = quantized(config, network, context).edits
+    first = quantized(config.model_copy(update={"placement": "tensorrt"}), network, context).edits
     damage = first.get("sensitivity", {})
     worst_first = sorted(first.get("groups", {}).items(), key=lambda group: -damage[group[0]])
     accepted, trials = search(
         network.module,
-        [*candidates(_settings_of(config), worst_first), x86],
+        _space(config, worst_first),
         apply,
         lambda result: judge(network, result),
         max_drop=tune.max_drop,
@@ -194,10 +200,22 @@ def tuned(config: Quantize.Config, tune: Tune, network: Network, context: Contex
     return Saved(saved.tensors, {**saved.edits, "trials": told})
 
 
+def _space(config: Quantize.Config, worst_first: Sequence[tuple[str, list[str]]]) -> list[Candidate]:
+    """What to try: the recipe's placement first, and the other one; x86 has no settings to vary."""
+    from mmedge.stages.quantization.tuning import Candidate, candidates
+
+    given = _settings_of(config)
+    own = candidates({**given, "placement": "tensorrt"}, worst_first)
+    x86 = {**given, "placement": "x86"}
+    if config.placement == "tensorrt":
+        return [*own, Candidate("neural-compressor's x86 placement", x86)]
+    return [Candidate(own[0].name, x86), Candidate("mmedge's own placement", own[0].settings), *own[1:]]
+
+
 def _settings_of(config: Quantize.Config) -> dict[str, Any]:
     """What the search may change, flat."""
     return {
-        "placement": "tensorrt",
+        "placement": config.placement,
         "observer": config.calibration.observer,
         "percentile": config.calibration.percentile,
         "smooth": config.smooth,

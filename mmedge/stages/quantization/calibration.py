@@ -123,21 +123,31 @@ def statistics(
             NaN or infinite.
     """
     watches = _watches(prepared)
-    spread = _Spread()
     for watch in watches:
         watch.observed.watch = watch
     try:
         with torch.no_grad(), progress.bar("calibrating", samples) as bar:
-            for inputs in _slices(task, samples, batch):
-                spread.add(inputs)
-                prepared(**as_tensors(inputs))
+            for inputs in varied(task, samples, batch):
+                prepared(**inputs)
                 bar.advance(len(next(iter(inputs.values()))))
     finally:
         for watch in watches:
             watch.observed.watch = None
-    spread.check(task, samples)
     found = {path: each for watch in watches for path, each in watch.seen(samples)}
     return {path: found[path] for path in _activations(prepared)}
+
+
+def varied(task: Task, samples: int, size: int) -> Iterator[dict[str, Tensor]]:
+    """The first ``samples`` calibration samples, at most ``size`` at a time, checked behind the last one.
+
+    Raises:
+        StageError: the split is smaller, or all inputs of a modality are the same in every sample.
+    """
+    spread = _Spread()
+    for inputs in _slices(task, samples, size):
+        spread.add(inputs)
+        yield as_tensors(inputs)
+    spread.check(task, samples)
 
 
 def packed(seen: Mapping[str, Seen]) -> dict[str, Tensor]:

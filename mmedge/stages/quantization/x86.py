@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from mmedge.errors import StageError
+from mmedge.stages.quantization.operators import is_weighted
 from mmedge.stages.quantization.prepared import converted, state_of
 from mmedge.stages.quantization.tuning import neural_compressor
-from mmedge.stages.trace import quiet
+from mmedge.stages.trace import layer_name, quiet
 
 
 def x86_quantized(graph: GraphModule, batches: Iterable[Mapping[str, Tensor]]) -> GraphModule:
@@ -41,9 +42,11 @@ def x86_quantized(graph: GraphModule, batches: Iterable[Mapping[str, Tensor]]) -
     return converted(_calibrated(graph, batches))
 
 
-def x86_state(graph: GraphModule, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """All of ``x86_quantized(graph, batches)`` that is to be kept: float weights and observers, by name."""
-    return state_of(_calibrated(graph, batches))
+def x86_state(graph: GraphModule, batches: Iterable[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], list[str]]:
+    """All of ``x86_quantized(graph, batches)`` that is to be kept, float weights and observers, and its INT8 layers."""
+    prepared = _calibrated(graph, batches)
+    weighted = [node for node in prepared.graph.nodes if is_weighted(node)]
+    return state_of(prepared), [layer_name(node) for node in weighted if all(map(_is_observed, node.args[:2]))]
 
 
 def x86_restore(graph: GraphModule, state: Mapping[str, Tensor]) -> GraphModule:
@@ -61,6 +64,10 @@ def _prepared(graph: GraphModule) -> GraphModule:
         # What neural-compressor's own export() leaves on a graph; the trace has its symbolic batch already.
         fresh._exported, fresh.dynamic_shapes = True, None
         return prepare(fresh, INT8StaticQuantConfig())
+
+
+def _is_observed(value: Any) -> bool:
+    return isinstance(value, Node) and value.op == "call_module"  # a trace has no other modules
 
 
 def _calibrated(graph: GraphModule, batches: Iterable[Mapping[str, Tensor]]) -> GraphModule:
