@@ -55,7 +55,8 @@ def test_table_cuts_nothing_off(width: int) -> None:
 def test_an_error_beyond_measure_has_no_long_figure() -> None:
     found = Quantization(layers=2, sensitivity={"head": 0.0123, "mel": 1e4, "all": 1e4})
     assert findings(found)[1:] == [
-        "output error when one group alone rounds: mel more than 1,000 %, head 1.23 %; all more than 1,000 %"
+        "output error when one group alone rounds (root mean square, of the standard deviation): "
+        "mel more than 1,000 %, head 11.1 %; all more than 1,000 %"
     ]
 
 

@@ -352,7 +352,7 @@ def _quantization(edits: Mapping[str, Any]) -> Quantization | None:
         "bias_correction": sum(not each["reason"] for each in edits.get("biases", ())),
     }
     return Quantization(
-        layers=len(set(edits["quantized"])),  # a shared one is there once for each use
+        layers=edits.get("layers", len(set(edits["quantized"]))),  # a shared one is there once for each use
         skipped=edits["skipped"],
         outliers=[Outlier(layer=each["layer"], ratio=each["ratio"]) for each in edits.get("outliers", ())],
         sensitivity=edits.get("sensitivity", {}),
