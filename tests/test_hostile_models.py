@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from command import mmedge
@@ -18,7 +19,7 @@ from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from torch.nn import functional as F
 
 from mmedge.errors import StageError, TaskError
-from mmedge.lower.export import archive_of, onnx_of
+from mmedge.lower.export import archive_of, onnx_of, write
 from mmedge.pipeline.check import check_model
 from mmedge.stages.base import Network, as_tensors
 from mmedge.stages.distill import Distill
@@ -123,6 +124,29 @@ def test_an_operator_that_onnx_does_not_have_is_named() -> None:
     assert "replace aten.linalg_householder_product.default" in (caught.value.fix or "")
     assert "\x1b" not in said
     assert "step 3/3" not in said
+
+
+class Words(nn.Module):
+    """With outputs that the exporter would call values inside: one is the name of an operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(8, 16), nn.Linear(16, 10)
+
+    def forward(self, signal: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.words(signal.abs().long().clamp(max=7)).mean(1)
+        return self.head(found), found.relu()
+
+
+def test_outputs_may_have_the_names_of_values_inside(tmp_path) -> None:
+    task = replace(task_of(Words(), {"signal": (4,)}), outputs=("linear", "embedding"))
+    write(onnx_of(Network(task.model), task), tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    signal = np.arange(8, dtype=np.float32).reshape(2, 4)
+    for found, wanted in zip(
+        session.run(["linear", "embedding"], {"signal": signal}), task.model(torch.tensor(signal)), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted.detach().numpy(), atol=1e-5)
 
 
 class Mapped(nn.Module):

@@ -191,21 +191,38 @@ def test_an_engine_that_was_lowered_for_another_processor_says_so(tmp_path, monk
 
 
 class Pooled(nn.Module):
-    """Tokens to a head, by their mean or maximum, behind a layer with one scale per channel."""
+    """Tokens to a head, by their mean and maximum, behind a layer with one scale per channel."""
 
-    def __init__(self, maximum: bool) -> None:
+    def __init__(self, kinds: tuple[str, ...]) -> None:
         super().__init__()
-        self.maximum, self.tokens, self.head = maximum, nn.Linear(3, 16), nn.Linear(16, 4)
+        self.kinds, self.tokens, self.head = kinds, nn.Linear(3, 16), nn.Linear(16 * len(kinds), 4)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = torch.relu(self.tokens(x.flatten(2).transpose(1, 2)))
-        return self.head(tokens.amax(1) if self.maximum else tokens.mean(1))
+        return self.head(torch.cat([getattr(tokens, kind)(1) for kind in self.kinds], 1))
 
 
-@pytest.mark.parametrize("maximum", [True, False], ids=["maximum", "mean"])
-def test_openvino_is_right_behind_a_reduction(maximum, task, tmp_path) -> None:
+@pytest.mark.parametrize("kinds", [("amax",), ("mean",), ("mean", "amax"), ("mean", "amin", "mean")], ids=" and ".join)
+def test_openvino_is_right_behind_a_reduction(kinds, task, tmp_path) -> None:
     torch.manual_seed(0)
-    model = Pooled(maximum)
+    model = Pooled(kinds)
     model.tokens.weight.data *= torch.logspace(-1, 1, 16)[:, None]
     pooled = replace(task, model=model.eval())
     assert error(OpenVino(), pooled, quantized(pooled, tmp_path), tmp_path) < 0.08
+
+
+class Averaged(nn.Module):
+    """Values of both signs, averaged over windows that reach beyond the border: padding counts, as by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(nn.functional.avg_pool2d(self.stem(x), 3, 2, 1)).flatten(1)
+
+
+def test_openvino_is_right_where_averages_count_their_padding(task, tmp_path) -> None:
+    torch.manual_seed(0)
+    averaged = replace(task, model=Averaged().eval())
+    assert error(OpenVino(), averaged, quantized(averaged, tmp_path), tmp_path) < 0.08

@@ -104,6 +104,7 @@ def _is_layer(node: torch.fx.Node, parameters: Mapping[str, str]) -> bool:
 
 def _tidy(model: ir.Model, layers: Sequence[str]) -> None:
     """Name nodes after modules, name the batch, drop what only the exporter needs."""
+    _rename_inner(model)
     weighted = [node for node in model.graph if node.op_type in KERNELS and weight_of(node)]
     paths = dict(zip(weighted, layers, strict=True)) if len(weighted) == len(layers) else {}
     counts: dict[str, int] = {}
@@ -127,6 +128,15 @@ def _tidy(model: ir.Model, layers: Sequence[str]) -> None:
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.doc_string = model.graph.doc_string = None
+
+
+def _rename_inner(model: ir.Model) -> None:
+    """The exporter gives inputs and outputs the task's names, though values inside may have the same."""
+    outside = {value: value.name for value in [*model.graph.inputs, *model.graph.outputs]}
+    for node in model.graph:
+        for value in node.outputs:
+            if value not in outside and value.name in outside.values():
+                value.name = f"{value.name}/inside"
 
 
 def _module_path(node: ir.Node) -> str:

@@ -222,24 +222,35 @@ def quantize_no_reductions(model: ir.Model, but: Literal["means", "pixels"]) -> 
     """Take away pairs right behind reductions over an axis, and give what reads them float weights.
 
     OpenVINO 2026.4 computes such a pair inside of the reduction, on a processor with AVX2 wrongly: every maximum, and
-    means over tokens of what a layer with one scale per channel gives. Means over pixels are right.
+    means over tokens of what a layer with one scale per channel gives. Means over pixels are right. So it does with the
+    pair behind a concatenation, for each part that a reduction makes.
 
     Args:
         model: a Q/DQ graph.
         but: what keeps its pair: means and sums, or only those over pixels.
     """
     for quantize in nodes(model, "QuantizeLinear"):
-        made = producer(quantize.inputs[0])
-        while made is not None and made.op_type in {*MOVING, "Relu", "Clip"}:
-            made = producer(made.inputs[0])
-        if made is None or not made.op_type.startswith("Reduce"):
-            continue
-        if made.op_type in ("ReduceMean", "ReduceSum") and (but == "means" or _is_over_pixels(made)):
+        if all(_is_mean(each) and (but == "means" or _is_over_pixels(each)) for each in _reductions(quantize)):
             continue
         for node in list(_readers(quantize)):
             if node.op_type in WEIGHTED and quantized_weight(node.inputs[1]) is not None:
                 give_float_weight(model, node)
         _take_away(model, quantize)
+
+
+def _reductions(node: ir.Node) -> Iterator[ir.Node]:
+    """The reductions whose results ``node`` reads, moved, joined or cut off below 0 at most."""
+    for value in node.inputs if node.op_type == "Concat" else node.inputs[:1]:
+        if (made := producer(value)) is None:
+            continue
+        if made.op_type.startswith("Reduce"):
+            yield made
+        elif made.op_type in {*MOVING, "Relu", "Clip"}:
+            yield from _reductions(made)
+
+
+def _is_mean(reduction: ir.Node) -> bool:
+    return reduction.op_type in ("ReduceMean", "ReduceSum")
 
 
 def _is_over_pixels(reduction: ir.Node) -> bool:
@@ -357,6 +368,7 @@ def unsigned_activations(model: ir.Model, of: Literal["all", "convolutions"]) ->
         of: ``all`` layers; or ``convolutions``, which leaves out what only matrix products read, and what would get the
             zero point 128 and goes into a transposed convolution: OpenVINO 2026.4 runs that in INT8 only with 0. Where
             convolutions read the same, which it wants unsigned on processors without AMX, both get pairs of their own.
+            Averages that count their padding read floats then: it pads integers with 0, which is not their zero point.
 
     Returns:
         The QuantizeLinear nodes that got the zero point 0: what they give is at most 127 within the calibrated range.
@@ -374,6 +386,8 @@ def unsigned_activations(model: ir.Model, of: Literal["all", "convolutions"]) ->
             readers = _kinds(_readers(quantize))
             if readers <= PRODUCTS or (not rectified and "ConvTranspose" in readers):
                 continue
+            if not rectified:
+                _average_floats(quantize)
         key = (zero.ndim, rectified)
         if key not in zero_points:
             array = np.full(zero.shape, 0 if rectified else 128, np.uint8)
@@ -409,6 +423,16 @@ def _transposed_apart(model: ir.Model, quantize: ir.Node) -> None:
     model.graph.insert_after(quantize, [again, dequantize])
     for use in apart:
         use.node.replace_input_with(use.idx, dequantize.outputs[0])
+
+
+def _average_floats(quantize: ir.Node) -> None:
+    """Let averages that count their padding read what a pair was made from."""
+    dequantizers = [use.node for use in quantize.outputs[0].uses()]
+    for use in [use for node in dequantizers for use in node.outputs[0].uses()]:
+        attributes = use.node.attributes
+        counts = attributes.get_int("count_include_pad", 0) and any(attributes.get_ints("pads", ()))
+        if use.node.op_type == "AveragePool" and counts:
+            use.node.replace_input_with(use.idx, quantize.inputs[0])
 
 
 def _readers(node: ir.Node) -> Iterator[ir.Node]:
