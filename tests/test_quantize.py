@@ -334,6 +334,40 @@ def test_onnxruntime_adds_the_bias_of_a_channel_without_weights(layer, tmp_path)
     assert np.abs(found - wanted).max() < (0.003 if overflows() else 0.001) * np.abs(wanted).max()
 
 
+class Small(nn.Module):
+    """What it reads, and all that its layers give but the last one's, is as small as the unit that it comes in."""
+
+    def __init__(self, unit: float) -> None:
+        super().__init__()
+        self.unit = unit
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, 2)
+        self.flat, self.head = nn.Linear(32, 16), nn.Linear(16, 4)
+        with torch.no_grad():
+            for layer in (self.stem, self.conv, self.flat):
+                layer.bias *= unit
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = F.relu(self.conv(F.relu(self.stem(image * self.unit))))
+        return self.head(F.relu(self.flat(x.flatten(1))) / self.unit)
+
+
+@pytest.mark.parametrize("unit", [1e-7, 1e-12])
+@pytest.mark.parametrize("target", [OnnxRuntime(), OpenVino()], ids=lambda target: target.name)
+def test_engines_tell_small_values_apart_as_well_as_large_ones(target, unit: float, tmp_path) -> None:
+    case = quantize(lambda: Small(unit))
+    lowered(case, tmp_path, target.lowering)
+    (tmp_path / "engine").mkdir()
+    coverage = target.build(tmp_path / "model.onnx", tmp_path / "engine").coverage
+    assert coverage is not None
+    assert not coverage.other
+    inputs = case[0].example().inputs
+    with target.runner(tmp_path / "engine", 1) as run:
+        found = run(inputs)["logits"]
+    with torch.no_grad():
+        exact = case[0].model(**as_tensors(inputs)).numpy()
+    assert np.abs(found - exact).max() < 0.1 * exact.std(0).max()
+
+
 class Averaged(nn.Module):
     """The corner of an image of 12 pixels, averaged in steps of 2: of 3, one is beyond, another one may be padding."""
 

@@ -404,6 +404,14 @@ def test_the_integers_come_close_to_the_best_there_are() -> None:
     assert torch.equal(found, found.round())
 
 
+def test_compensation_does_not_depend_on_the_unit_of_what_is_read() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(200, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
+    weight, scale = torch.randn(8, 6, dtype=torch.float64) * 20, torch.ones(8, 1, dtype=torch.float64)
+    one, other = (rounding.compensated_integers(weight, scale, unit**2 * rows.T @ rows, 127) for unit in (1, 2.0**-40))
+    assert torch.equal(one, other)
+
+
 def test_blocks_of_columns_give_what_one_column_at_a_time_gives() -> None:
     torch.manual_seed(0)
     columns = 300

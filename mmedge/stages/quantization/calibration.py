@@ -20,16 +20,16 @@ from mmedge.errors import StageError
 from mmedge.progress import Progress
 from mmedge.stages.base import Context, as_tensors
 from mmedge.stages.quantization.operators import CONCAT, POOLING, RESHAPING
-from mmedge.stages.quantization.prepared import TINY, Range, channel_axes, ranges_of, seen_by
+from mmedge.stages.quantization.prepared import SMALLEST, Range, channel_axes, ranges_of, seen_by
 from mmedge.task import Task
 from mmedge.tensors import Array
 
 BINS = 2048  # as many as TensorRT's entropy calibration had
 SLICE = 16  # samples per forward call: enough to keep the processor busy, and no batch size of a task sets the memory
 PART = 1 << 18  # elements that are counted at once: what they need besides fits a processor's cache
-SMALLEST = TINY * 128  # range of a histogram at the start: no scale is smaller than ``TINY``
+START = SMALLEST * 128  # range of a histogram at the start
 OUTLYING = 20.0  # largest value over the 99.9th percentile: 127 levels leave less than 7 to the other values
-VERSION = 2  # raise it when the same data gives other statistics: remembered ones expire
+VERSION = 3  # raise it when the same data gives other statistics: remembered ones expire
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class Seen:
 def observe(prepared: GraphModule, context: Context, samples: int) -> dict[str, Seen]:
     """Statistics of every activation range, remembered for these weights, this graph and this number of samples.
 
-    Ranges that only saw zeros are told to the user: they get the smallest scale there is.
+    Ranges that only saw zeros are told to the user, and those whose values are too small for any scale.
 
     Returns:
         By path of the ``Range``, in running order.
@@ -98,8 +98,11 @@ def observe(prepared: GraphModule, context: Context, samples: int) -> dict[str, 
     )
     seen = unpacked(kept, _activations(prepared))
     names = seen_by(prepared)
-    for name in dict.fromkeys(names[path] for path, each in seen.items() if each.largest == 0):
-        context.progress.say(f"calibration: {name} is zero on all {samples} samples; its INT8 scale is a guess")
+    small = {names[path]: each.largest for path, each in seen.items() if each.largest < 127 * SMALLEST}
+    for name, largest in small.items():
+        what = f"at most {largest:.1e}" if largest else "zero"
+        why = "that is too small for INT8, use a smaller unit" if largest else "its INT8 scale is a guess"
+        context.progress.say(f"calibration: {name} is {what} on all {samples} samples; {why}")
     return seen
 
 
@@ -213,7 +216,7 @@ class _Histogram:
 
     def __init__(self) -> None:
         self.counts = torch.zeros(BINS, dtype=torch.int64)
-        self.upper = SMALLEST
+        self.upper = START
         self.largest = 0.0
         self.zeros = 0
 

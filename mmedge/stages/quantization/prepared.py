@@ -17,12 +17,13 @@ from mmedge.stages.trace import layer_name, module_name, quiet
 with quiet():  # torchao reports accelerator libraries that a CPU does not need, once, when it loads
     from torchao.quantization.pt2e.observer import ObserverBase
 
-TINY = 2.0**-20  # smallest scale: of a tensor that is always zero
+ZERO = 2.0**-20  # scale of a tensor that is always zero
+SMALLEST = 2.0**-62  # scale: the product of two, in which biases are counted, is a normal float32
 
 
 def scale_of(bound: Tensor, levels: int = 127) -> Tensor:
     """The scale with which the integer ``levels`` stands for the largest magnitude."""
-    return (bound / levels).clamp(min=TINY)
+    return torch.where(bound > 0, (bound / levels).clamp(min=SMALLEST), ZERO)
 
 
 class Range(ObserverBase):  # type: ignore[misc]

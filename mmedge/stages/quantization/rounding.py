@@ -26,6 +26,7 @@ from mmedge.stages.quantization.smoothing import uses_of
 WIDEST = 4096  # columns; the second moment has their square
 MEMORY = 2**28  # bytes of second moments held at a time
 DAMPING = 0.01  # of the mean of H's diagonal, added to it: the paper's
+LEAST = 1e-60  # of that mean; values are seldom smaller than 1e-30, unless they are all zero
 POSITIONS = 64  # rows taken from one sample: neighbouring positions tell little that is new
 HELD_OUT = 4  # every fourth sample judges
 GAIN = 0.02  # of the error, the least that is worth it: less may be the luck of the held-out samples
@@ -250,5 +251,5 @@ def compensated_integers(weight: Tensor, scale: Tensor, moment: Tensor, limit: i
 def _upper(moment: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse of the damped second moment."""
     diagonal = moment.diagonal()
-    damped = moment + torch.diag(torch.full_like(diagonal, DAMPING * float(diagonal.mean().clamp(min=1e-12))))
+    damped = moment + torch.diag(torch.full_like(diagonal, DAMPING * float(diagonal.mean().clamp(min=LEAST))))
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
