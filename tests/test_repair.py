@@ -283,11 +283,6 @@ def test_factors_pass_attention_only_where_heads_are_put_back_in_order(merge: st
     assert torch.allclose(run(prepared, batches), exact, atol=1e-5)
 
 
-def test_alpha_out_of_range_is_an_error(transformer: Calibrated) -> None:
-    with pytest.raises(StageError, match=r"alpha is 1\.5"):
-        smoothing.smooth(transformer[0], transformer[1], 1.5)
-
-
 # Rounding
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -285,9 +286,10 @@ def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.Monke
     assert "mmedge[compress]" in (caught.value.fix or "")
 
 
-def test_no_trial_allowed_is_an_error() -> None:
-    with pytest.raises(StageError, match="max_trials is 0"):
-        try_all([Judgement(0, 2)], max_trials=0)
+@pytest.mark.parametrize("wrong", [{"tune": {"trials": 0}}, {"smooth": 1.5}])
+def test_settings_out_of_bounds_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Quantize.Config.model_validate(wrong)
 
 
 def test_the_search_space_rises_in_cost() -> None:

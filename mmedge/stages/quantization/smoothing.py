@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from mmedge.errors import StageError
 from mmedge.stages.quantization.operators import LINEAR, RELU, RESHAPING, aten
-from mmedge.stages.quantization.prepared import Layer, Range, layers_of, measure_weights, tensor_at
+from mmedge.stages.quantization.prepared import Layer, is_range, layers_of, measure_weights, tensor_at
 from mmedge.stages.trace import layer_name
 
 # Producers whose output channels a factor can be folded into: the arguments that hold weight and bias.
@@ -63,16 +62,11 @@ def smooth(prepared: GraphModule, channel_largest: Mapping[str, Tensor], alpha: 
             measured again; ranges of what smoothed layers read become their largest magnitude, until they are
             calibrated again; those of values of attention must be.
         channel_largest: by ``Range`` path, the largest magnitude of every channel, ``(channels,)``.
-        alpha: how much of the difficulty goes to the weights: 0 nothing of the activations' spread, 1 all.
+        alpha: how much of the difficulty goes to the weights: 0 nothing of the activations' spread, 1 all; in [0, 1].
 
     Returns:
         One entry per tensor, in running order.
-
-    Raises:
-        StageError: ``alpha`` is not in [0, 1].
     """
-    if not 0 <= alpha <= 1:
-        raise StageError(f"alpha is {alpha}", where="smoothing", fix="choose 0 to 1; 0.5 suits most networks")
     uses, through = uses_of(prepared), _through(prepared)
     found: dict[Node, list[Layer]] = {}
     for layer in layers_of(prepared):
@@ -243,8 +237,3 @@ def uses_of(prepared: GraphModule) -> dict[int, set[Node]]:
 
 def _behind_ranges(prepared: GraphModule, node: Node) -> set[Node]:
     return set(node.users) if is_range(prepared, node) else {node}
-
-
-def is_range(prepared: GraphModule, node: Node) -> bool:
-    """Whether a node is a ``Range`` of the prepared graph."""
-    return node.op == "call_module" and isinstance(prepared.get_submodule(str(node.target)), Range)

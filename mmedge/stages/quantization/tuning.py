@@ -123,10 +123,8 @@ def search(
         The accepted trial, None where there is none, and all trials in the order they were made.
 
     Raises:
-        StageError: neural-compressor is not installed, or ``max_trials`` is not positive.
+        StageError: neural-compressor is not installed.
     """
-    if max_trials < 1:
-        raise StageError(f"max_trials is {max_trials}", where="quantize.tune", fix="allow at least one trial")
     with neural_compressor("the search for settings"):
         from neural_compressor.common.base_tuning import SequentialSampler
         from neural_compressor.torch.quantization import TuningConfig, autotune
