@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mmedge.report.gates import GatesConfig, evaluate
 from mmedge.report.html import render, write_html
-from mmedge.report.model import Outlier, Quantization, Report, Twin
+from mmedge.report.model import Outlier, Parity, Quantization, Report, Twin
 from mmedge.report.terminal import show
 from mmedge.report.verdict import verdict
 from mmedge.report.words import findings
@@ -50,6 +50,17 @@ def test_table_cuts_nothing_off(width: int) -> None:
     assert found.command in text
     for part in ("✗ 5.88", "✓ 0.71", "av_digits: FAIL", "95 % CI 5.65–6.12", "drop 0.71 points (95 % CI 0.50 to 0.92)"):
         assert part in " ".join(text.split())
+
+
+def test_a_float_engine_that_answers_otherwise_than_pytorch_is_told() -> None:
+    found = report()
+    wrong = found.stages[0].results[0]
+    assert "answers differently" not in shown(found, 400) + render(found)
+    wrong.parity = Parity(max_abs=2.0, cosine=0.998)
+    for text in (shown(found, 400), render(found)):
+        assert (
+            f"baseline on {wrong.target}: the float32 engine answers differently than PyTorch (cosine 0.9980)" in text
+        )
 
 
 def test_an_error_beyond_measure_has_no_long_figure() -> None:

@@ -26,12 +26,14 @@ from mmedge.report.model import (
     Deferred,
     Modality,
     Outlier,
+    Parity,
     Precision,
     Quantization,
     Result,
     Stage,
     Trial,
 )
+from mmedge.report.words import doubt
 from mmedge.targets.base import Target
 from mmedge.task import Piece
 from mmedge.tensors import Array
@@ -84,6 +86,8 @@ class Measurements:
         self._keep_samples(step)
         if cell.why_not is None:
             cell.accuracy, cell.parity = self._accuracy(step, made)
+            if step.parent is None and not (found := Parity.model_validate(cell.parity)).alike:
+                self.line.progress.say(f"{step.name} on {target.name}: {doubt(found)}")
             if step.name not in self.health:
                 self.health[step.name] = self._health(cell)
         return cell

@@ -30,7 +30,7 @@ from mmedge.report.values import (
     with_unit,
 )
 from mmedge.report.verdict import blame
-from mmedge.report.words import components, device_times, findings, fusion, others, verdicts, waiting
+from mmedge.report.words import components, device_times, doubts, findings, fusion, others, verdicts, waiting
 
 _TEMPLATE = "report.html.j2"
 
@@ -120,7 +120,7 @@ def render(report: Report) -> str:
         verdicts=list(verdicts(report)),
         findings=[(stage.name, findings(stage.quantization)) for stage in report.stages if stage.quantization],
         coverage=list(_coverage(report)),
-        told=[*others(report), *device_times(report), *fusion(report), *components(report)],
+        told=[*doubts(report), *others(report), *device_times(report), *fusion(report), *components(report)],
         waiting=waiting(report),
         engines=gates.engines,
         gates=judged,

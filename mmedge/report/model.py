@@ -144,6 +144,11 @@ class Parity(Part):
     max_abs: float
     cosine: float
 
+    @property
+    def alike(self) -> bool:
+        """Whether they are as near as those of one network in float32 are; what the ``task check`` asks for, too."""
+        return self.cosine >= 0.999
+
 
 class Coverage(Part):
     """Which weighted layers run in INT8 by the runtime's word, and why or in what the others run.

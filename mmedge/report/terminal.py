@@ -23,7 +23,7 @@ from mmedge.report.values import (
     speedup_range,
     with_unit,
 )
-from mmedge.report.words import components, device_times, findings, fusion, others, verdicts, waiting
+from mmedge.report.words import components, device_times, doubts, findings, fusion, others, verdicts, waiting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,7 +130,7 @@ def _int8(report: Report, console: Console) -> None:
         _hanging(console, " ", f"{place}: {verdict}")
         for line in given_back:
             _hanging(console, "   ", line)
-    for line in (*others(report), *device_times(report), *fusion(report), *components(report)):
+    for line in (*doubts(report), *others(report), *device_times(report), *fusion(report), *components(report)):
         _hanging(console, " ", line)
     for stage in report.stages:
         if stage.quantization is not None:

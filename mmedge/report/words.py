@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmedge.report.model import Quantization, Report, Result, Trial
+from mmedge.report.model import Parity, Quantization, Report, Result, Trial
 from mmedge.report.values import MIB, digits, root_percent
 
 MOST = 5  # of a list that could be long; report.json has all
@@ -47,6 +47,22 @@ def device_times(report: Report) -> Iterator[str]:
                     f"{stage.name} on {result.target}: {digits(parts.device)} ms on the device, copies in "
                     f"{digits(parts.h2d)} ms and out {digits(parts.d2h)} ms (medians by the device's clock)"
                 )
+
+
+def doubts(report: Report) -> Iterator[str]:
+    """Engines in float32 that do not answer as PyTorch does: the export or the runtime is at fault, not compression."""
+    for stage in report.stages:
+        for result in stage.results:
+            if result.precision == "fp32" and result.parity and not result.parity.alike:
+                yield f"{stage.name} on {result.target}: {doubt(result.parity)}"
+
+
+def doubt(found: Parity) -> str:
+    """What is to be said of such an engine."""
+    return (
+        f"the float32 engine answers differently than PyTorch (cosine {found.cosine:.4f}): an operator is computed "
+        "wrongly, and what is compared with this engine says little"
+    )
 
 
 def fusion(report: Report) -> Iterator[str]:
