@@ -307,6 +307,37 @@ def test_onnxruntime_runs_every_weighted_layer_in_int8(quantized, tmp_path) -> N
     assert not coverage.other
 
 
+class NormLast(nn.Module):
+    """Norms behind a ReLU, as in x-vectors, and behind a residual sum: no layer can take them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norms, self.last = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2)), nn.Conv2d(8, 4, 1)
+        for norm in self.norms:
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.2, 4)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.norms[0](F.relu(self.stem(image)))
+        return self.last(self.norms[1](x + self.conv(x))).mean((2, 3))
+
+
+def test_onnxruntime_runs_a_convolution_in_int8_whose_norm_is_behind_its_relu(tmp_path) -> None:
+    case = quantize(NormLast)
+    lowered(case, tmp_path, OnnxRuntime().lowering)
+    wanted, (found, build) = of_pytorch(case), of_onnxruntime(case, tmp_path)
+    assert not build.coverage.other
+    assert len(build.coverage.int8) == 3
+    assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
+
+
+def test_tensorrt_gets_no_pair_before_a_norm(tmp_path) -> None:
+    model = lowered(quantize(NormLast), tmp_path, Lowering())
+    makers = [producer(norm.inputs[0]) for norm in nodes(model, "BatchNormalization")]
+    assert [maker and maker.op_type for maker in makers] == ["Relu", "Add"]
+
+
 class Dead(nn.Module):
     """A layer with small inputs and channels without weights, or nearly so, but with a bias."""
 

@@ -30,7 +30,6 @@ from mmedge.stages.quantization.operators import (
     CONVOLUTIONS,
     LINEAR,
     MOST_TOKENS,
-    NORMS,
     POOLING,
     RELU,
     RESHAPING,
@@ -231,7 +230,7 @@ def _annotate_residual(node: Node) -> None:
     Residual streams of transformers stay floating point: nothing around them runs in INT8.
     """
     branches = [argument for argument in node.args[:2] if isinstance(argument, Node)]
-    if len(branches) < 2 or not any(is_convolution_output(branch) for branch in branches):
+    if len(branches) < 2 or not any(branch.target in CONVOLUTIONS for branch in branches):
         return
     if not all(is_quantized(branch) for branch in branches):
         return
@@ -280,17 +279,13 @@ def origin(node: Node) -> Node:
 
 
 def end_of_fusion(node: Node) -> Node:
-    """The last of the nodes that run as one kernel with ``node``: its batch norm and ReLU, if nothing reads between."""
-    while len(node.users) == 1 and (user := next(iter(node.users))).target in RELU | NORMS:
+    """The last of the nodes that run as one kernel with ``node``: its ReLU, if nothing reads between.
+
+    A batch norm that is still there, behind the ReLU or a sum, is an operator of its own: ``fold_norms`` left it.
+    """
+    while len(node.users) == 1 and (user := next(iter(node.users))).target in RELU:
         node = user
     return node
-
-
-def is_convolution_output(node: Node) -> bool:
-    """Whether ``node`` is a convolution, possibly behind its batch norm."""
-    while node.target in NORMS and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node.target in CONVOLUTIONS
 
 
 def is_quantized(node: Node) -> bool:
