@@ -71,6 +71,17 @@ def read_before(net: Norms, x: Tensor) -> Tensor:
     return net.norms[0](found) + found
 
 
+def norm_first(net: Norms, x: Tensor) -> Tensor:
+    """A residual branch that begins with a norm, behind a layer that has one."""
+    found = net.norms[0](net.layer(x))
+    return net.norms[1](found) + found
+
+
+def in_a_row(net: Norms, x: Tensor) -> Tensor:
+    """Of the two sides one has a second norm."""
+    return net.norms[1](net.norms[0](net.layer(x))) - net.norms[0](net.layer(x.flip(-1)))
+
+
 def plain(net: Norms, x: Tensor) -> Tensor:
     return net.norms[0](net.layer(x))
 
@@ -174,6 +185,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and how many lay
     "a norm for one use": (lambda: Norms(one_of_two), 4),
     "one norm for both uses": (lambda: Norms(siamese), 4),
     "read before the norm": (lambda: Norms(read_before), 3),
+    "read between two norms": (lambda: Norms(norm_first), 3),
+    "a second norm for one use": (lambda: Norms(in_a_row), 4),
     "norms behind a linear layer": (Linear, 3),
     "transposed": (lambda: transposed(1), 3),
     "transposed in groups": (lambda: transposed(2), 2),

@@ -57,13 +57,25 @@ class _Fold:
 def fold_norms(graph: GraphModule) -> None:
     """Fold all norms of a float graph, in place; one whose layer others read as well becomes a product and a sum.
 
-    Uses of one layer that have the same norm go on sharing one weight, others get one each.
+    Uses of one layer that have the same norm go on sharing one weight, others get one each. Of two norms in a row the
+    second is behind the layer once the first is folded, so it goes on until there is none.
     """
+    while found := _behind_layers(graph):
+        _fold(graph, found)
+
+
+def _behind_layers(graph: GraphModule) -> list[_Fold]:
+    """The norms that are right behind a layer."""
+    return [
+        _Fold(node.args[0], _result(node), norm)
+        for node in graph.graph.nodes
+        if node.target in NORMS and (norm := _norm(graph, node)) is not None and _has_its_channels(node.args[0])
+    ]
+
+
+def _fold(graph: GraphModule, found: list[_Fold]) -> None:
     folds = []
-    for node in list(graph.graph.nodes):
-        if node.target not in NORMS or (norm := _norm(graph, node)) is None or not _has_its_channels(node.args[0]):
-            continue
-        fold = _Fold(node.args[0], _result(node), norm)
+    for fold in found:
         _, *parameters = _arguments(fold.layer, 3)
         if len(fold.layer.users) == 1 and all(each is None or each.op == "get_attr" for each in parameters):
             folds.append(fold)
