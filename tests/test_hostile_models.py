@@ -110,6 +110,39 @@ def test_sides_of_one_pass_are_taken_apart_as_that_error_says(apart: str) -> Non
     program_of(task.model, task)
 
 
+class Called(nn.Module):
+    """A layer, a parameter or a tensor that is neither, under a name that Python may have a use for."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__()
+        self.kind, self.name, self.parts = kind, name, nn.Module()
+        if kind == "layer":
+            self.parts.add_module(name, nn.Linear(16, 16))
+        elif kind == "parameter":
+            self.parts.register_parameter(name, nn.Parameter(torch.ones(16)))
+        else:
+            setattr(self.parts, name, torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = getattr(self.parts, self.name)
+        return part(x) if self.kind == "layer" else part * x
+
+
+@pytest.mark.parametrize("kind", ["layer", "parameter", "tensor"])
+def test_a_part_with_the_name_of_a_python_keyword_is_named(kind: str) -> None:
+    task = task_of(Net(Called(kind, "in")), {"signal": (4,)})
+    with pytest.raises(StageError, match="has the name of a Python keyword") as caught:
+        onnx_of(Network(task.model), task)
+    assert str(caught.value).startswith("task random: body.1.parts.in has")
+    assert "rename it in the model and in the keys of its state dict, to 'in_'" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize("name", ["in_", "match"])  # the second one is a keyword only where a statement begins
+def test_other_names_are_as_good_as_any(name: str) -> None:
+    task = task_of(Net(Called("layer", name)), {"signal": (4,)})
+    onnx_of(Network(task.model), task)
+
+
 class Reflections(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.linalg.householder_product(x.unflatten(1, (4, 4)), x[:, :4]).flatten(1)

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from keyword import iskeyword
 from pathlib import Path
 from traceback import walk_tb
 from types import MappingProxyType
@@ -69,8 +70,8 @@ def program_of(module: nn.Module, task: Task) -> ExportedProgram:
     """Trace ``module`` with named inputs and one symbolic batch shared by all of them.
 
     Raises:
-        StageError: the module cannot be traced, the trace fixes the batch size, or in evaluation the module keeps
-            something in a buffer from one call to the next.
+        StageError: the module cannot be traced, the trace fixes the batch size, a part of the module has the name of
+            a Python keyword, or in evaluation the module keeps something in a buffer from one call to the next.
     """
     example = as_tensors(task.example().inputs)
     inputs = {spec.name: _rows(example[spec.name], 2) for spec in task.inputs}
@@ -80,6 +81,7 @@ def program_of(module: nn.Module, task: Task) -> ExportedProgram:
         with quiet(), torch.no_grad():
             named = _Named(module, tuple(inputs), task.outputs)
             program = torch.export.export(named, (), kwargs=inputs, dynamic_shapes=shapes)
+            _refuse_keywords(program, task)
             kept = [] if module.training else _kept_in_buffers(program, named.assigned)
             if any(_is_of_vmap(node) for node in program.graph.nodes):
                 # It begins and ends in nodes that nothing reads, which later passes drop, and not all can be saved.
@@ -100,6 +102,19 @@ def program_of(module: nn.Module, task: Task) -> ExportedProgram:
             fix="make it an input and an output of the model, or write it only `if self.training:`",
         )
     return program
+
+
+def _refuse_keywords(program: ExportedProgram, task: Task) -> None:
+    """A trace with such a name is made, but all that follows writes it as code, ``self.layers.in.weight``."""
+    for path in (*program.state_dict, *program.constants):
+        parts = without_wrappers(path).split(".")
+        if found := next(filter(iskeyword, parts), None):
+            raise StageError(
+                f"{'.'.join(parts[: parts.index(found) + 1])} has the name of a Python keyword, which the code of a "
+                "traced graph cannot hold",
+                where=f"task {task.name}",
+                fix=f"rename it in the model and in the keys of its state dict, to {found + '_'!r} for one",
+            )
 
 
 def _told(err: Exception) -> tuple[str, str]:
