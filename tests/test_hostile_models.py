@@ -159,6 +159,23 @@ def test_an_operator_that_onnx_does_not_have_is_named() -> None:
     assert "step 3/3" not in said
 
 
+class Summed(nn.Module):
+    def __init__(self, divisor: int | None) -> None:
+        super().__init__()
+        self.sums = nn.AvgPool2d(2, divisor_override=divisor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sums(x.unflatten(1, (4, 4))[:, None]).flatten(1).repeat(1, 4)
+
+
+def test_an_average_by_another_divisor_is_refused_for_the_exporter_drops_it() -> None:
+    task = task_of(Net(Summed(1)), {"signal": (4,)})
+    with pytest.raises(StageError, match=r"ignores divisor_override, which body.1.sums averages with"):
+        onnx_of(Network(task.model), task)
+    task = task_of(Net(Summed(None)), {"signal": (4,)})
+    onnx_of(Network(task.model), task)
+
+
 class Words(nn.Module):
     """With outputs that the exporter would call values inside: one is the name of an operator."""
 

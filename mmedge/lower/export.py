@@ -41,9 +41,10 @@ def onnx_of(network: Network, task: Task) -> ir.Model:
     nothing of this machine (paths, stack traces) is left inside.
 
     Raises:
-        StageError: the exporter does not know an operator.
+        StageError: the exporter does not know an operator, or what one of them is asked for.
     """
     program = program_of(network.module, task)
+    _refuse_divisors(program, task)
     names = [spec.name for spec in task.inputs]
     try:
         with quiet():
@@ -63,6 +64,22 @@ def onnx_of(network: Network, task: Task) -> ir.Model:
     model = exported.model
     _tidy(model, _layers(network, program))
     return model
+
+
+def _refuse_divisors(program: ExportedProgram, task: Task) -> None:
+    """PyTorch's exporter (2.13) leaves out an average's ``divisor_override`` and says nothing."""
+    for node in program.graph.nodes:
+        if str(node.target) in _AVERAGES and (
+            node.kwargs.get("divisor_override") or node.args[6:7] not in ((), (None,))
+        ):
+            raise StageError(
+                f"the ONNX exporter ignores divisor_override, which {module_name(node)} averages with",
+                where=f"task {task.name}",
+                fix="leave it out and multiply the average by the window's size over the divisor",
+            )
+
+
+_AVERAGES = ("aten.avg_pool2d.default", "aten.avg_pool3d.default")
 
 
 def _refused(err: Exception, program: ExportedProgram, task: Task) -> StageError:
