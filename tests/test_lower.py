@@ -26,6 +26,7 @@ from mmedge.lower.shape import Release, shape_for
 from mmedge.pipeline.line import release_of
 from mmedge.stages.base import Network, as_tensors, outputs_of
 from mmedge.stages.quantization.prepared import attention_of
+from mmedge.stages.quantization.released import released
 from mmedge.stages.quantization.simulate import FakeQuantize, enable_only, simulated
 from mmedge.stages.quantization.spelled import spelled_out
 from mmedge.stages.quantize import Quantize, prepare
@@ -202,6 +203,51 @@ def test_onnxruntime_multiplies_rows_in_integers_where_nothing_quantizes_the_rel
     batch = task.example()
     found = answers(OnnxRuntime(), tmp_path / "model.onnx", tmp_path / "engine", batch)
     assert relative_error(found, expected(network, task, batch)) < (0.1 if overflows() else 0.01)  # of 7 bits, of 8
+
+
+class Shared(nn.Module):
+    """Linear layers whose result a quantizer reads and, all but the first, something else, too."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        linear = partial(nn.Linear, 16, 16, bias=bias)
+        self.alone, self.mixed, self.rectified, self.twice, self.out = (linear() for _ in range(5))
+        self.heads = nn.ModuleList(nn.Linear(16, 4) for _ in range(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        alone, mixed, rectified, twice, out = (
+            layer(x) for layer in (self.alone, self.mixed, self.rectified, self.twice, self.out)
+        )
+        read = (alone, mixed, F.relu(rectified), F.relu(twice), twice, out)
+        heads = [head(each) for head, each in zip(self.heads, read, strict=True)]
+        return torch.cat([*heads, mixed.tanh(), rectified], -1), out
+
+
+@pytest.mark.parametrize(("shape", "bias"), [((), True), ((5,), False)], ids=["Gemm", "MatMul"])
+def test_onnxruntime_multiplies_in_integers_what_is_read_in_float_too(shape, bias, tmp_path) -> None:
+    torch.manual_seed(0)
+    task = replace(task_of(Shared(bias), {"x": (*shape, 16)}), outputs=("logits", "out"))
+    context = context_of(task)
+    stage = Quantize(Quantize.Config(calibration={"samples": 8}))
+    network = stage.restore(Network(task.model), stage.run(Network(task.model), context), context)
+    write(onnx_of(network, task), tmp_path / "portable.onnx")
+    shape_for(tmp_path / "portable.onnx", OnnxRuntime().lowering, tmp_path / "model.onnx")
+    (tmp_path / "engine").mkdir()
+    build = OnnxRuntime().build(tmp_path / "model.onnx", tmp_path / "engine")
+    assert build.coverage is not None
+    assert not build.coverage.other
+    assert len(build.coverage.int8) == 11
+    ours = [node.name.partition("/")[0] for node in nodes(ir.load(tmp_path / "model.onnx"), "MatMulIntegerToFloat")]
+    assert {"mixed", "rectified", "twice", "out"} <= {*ours}
+    assert "alone" not in ours  # ONNX Runtime has a kernel for it that gives integers
+    batch = task.example()
+    simulation = released(network.prepared, network.exact, (), keep_convolutions=True)
+    with torch.no_grad():
+        wanted = outputs_of(simulation, as_tensors(batch.inputs), task.outputs)
+    with OnnxRuntime().runner(tmp_path / "engine", 1) as run:
+        found = run(batch.inputs)
+    for name in task.outputs:
+        assert relative_error(found[name], wanted[name].numpy()) < (0.1 if overflows() else 0.01), name
 
 
 def rounded(model: ir.Model) -> dict[str, list[bool]]:
@@ -439,7 +485,7 @@ def test_released_layers_run_in_float_with_their_own_weights(task, quantized, tm
     assert {name.partition("/")[0] for name in coverage.int8} == {"q", "k", "v", "o", "weigh", "head"}
 
 
-def test_all_layers_released_the_graph_is_the_float_network(task, quantized, tmp_path) -> None:
+def test_all_apart_the_graph_is_the_float_network(task, quantized, tmp_path) -> None:
     network, portable = quantized
     layers = tuple(release_of(network, ()).weights)
     shape_for(portable, OnnxRuntime().lowering, tmp_path / "model.onnx", release_of(network, layers))
@@ -476,14 +522,14 @@ def test_no_pair_is_left_where_concatenation_and_pooling_went_back_to_float(smal
     network = stage.restore(Network(small_task.model), stage.run(Network(small_task.model), context), context)
     write(onnx_of(network, small_task), tmp_path / "portable.onnx")
     layers = tuple(release_of(network, ()).weights)
-    for number, released in enumerate([("fusion.0", "head"), layers]):
+    for number, apart in enumerate([("fusion.0", "head"), layers]):
         path = tmp_path / f"{number}.onnx"
-        shape_for(tmp_path / "portable.onnx", OnnxRuntime().lowering, path, release_of(network, released))
+        shape_for(tmp_path / "portable.onnx", OnnxRuntime().lowering, path, release_of(network, apart))
         model = ir.load(path)
         (joined,) = nodes(model, "Concat")
         assert all(producer(value, "DequantizeLinear") is None for value in joined.inputs)
         quantizers = list(nodes(model, "QuantizeLinear"))
-        assert bool(quantizers) == (len(released) < len(layers))
+        assert bool(quantizers) == (len(apart) < len(layers))
     batch = small_task.example()
     found = answers(OnnxRuntime(), path, tmp_path / "engine", batch)
     assert relative_error(found, expected(Network(small_task.model), small_task, batch)) < 1e-5

@@ -13,7 +13,6 @@ from mmedge.lower.passes import (
     add_constant,
     constant,
     is_plain,
-    is_quantized,
     nodes,
     producer,
     quantized_weight,
@@ -28,7 +27,8 @@ def integer_products(model: ir.Model) -> None:
 
     ONNX Runtime finds that kernel itself, but leaves the bias behind a MatMul to an Add that reads and writes the
     result once more, and 1.32 misses it where a ReLU follows that nothing quantizes. A Gemm before such a ReLU runs in
-    float, fused with it; elsewhere a Gemm has a kernel that is as good. What is quantized right behind is left to it.
+    float, fused with it. Both run in float where a quantizer reads the result and something else does, too. What one
+    quantizer alone reads is left to it; so is a Gemm that none reads, for which it has a kernel that is as good.
     """
     for add in nodes(model, "Add"):
         for value, bias in (add.inputs, add.inputs[::-1]):
@@ -40,11 +40,21 @@ def integer_products(model: ir.Model) -> None:
                 model.graph.remove(product, safe=True)
                 break
     for product in nodes(model, "MatMul", "Gemm"):
-        if product.op_type == "Gemm" and not any(use.node.op_type == "Relu" for use in product.outputs[0].uses()):
+        readers = {use.node.op_type for use in product.outputs[0].uses()}
+        if product.op_type == "Gemm" and not readers & {"Relu", "QuantizeLinear"}:
             continue
         bias = product.inputs[2] if len(product.inputs) > 2 else None
-        if not is_quantized(product.outputs[0], through={"Relu"}) and (inputs := _integers(model, product, bias)):
+        if not _only_quantized(product.outputs[0]) and (inputs := _integers(model, product, bias)):
             _replace(model, product, product, inputs)
+
+
+def _only_quantized(value: ir.Value) -> bool:
+    """Whether one quantizer reads ``value``, behind a ReLU at most, and nothing else does."""
+    readers = [use.node for use in value.uses()]
+    if len(readers) != 1 or value.is_graph_output():
+        return False
+    (reader,) = readers
+    return reader.op_type == "QuantizeLinear" or (reader.op_type == "Relu" and _only_quantized(reader.outputs[0]))
 
 
 def _replace(model: ir.Model, old: ir.Node, product: ir.Node, inputs: list[ir.Value | None]) -> None:
