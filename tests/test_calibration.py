@@ -416,8 +416,10 @@ def test_sixteen_times_the_samples_need_no_more_memory() -> None:
         env=environment,
     )
     few, many = map(int, done.stdout.split()[-2:])
-    assert few > 20_000, "KiB: the activations of one slice alone are more"
-    assert many <= 1.2 * few
+    slice_kib = 16 * 16 * 126 * 126 * 4 / 1024  # the largest activation; 512 samples have 32 of them
+    assert few > 1.2 * slice_kib
+    # Two or three are alive at a time, and which of it the peak shows changes from one run to the next: not a ratio.
+    assert many <= 4 * slice_kib
 
 
 # What cannot be calibrated
