@@ -185,6 +185,32 @@ def test_products_of_two_activations_are_not_weighted(tmp_path: Path) -> None:
         assert list(build.coverage.other) == ["out"]
 
 
+def test_weights_of_einsum_count(tmp_path: Path) -> None:
+    """OpenVINO makes products of them that are not called so. Two have no weights, one of them a single operand."""
+    maker = Maker(quantized=False)
+
+    def einsum(name: str, equation: str, *inputs: str) -> None:
+        maker.node("Einsum", [*inputs], name, name, equation=equation)
+
+    def weight(name: str, *shape: int) -> str:
+        return maker.constant(name, np.random.default_rng(0).normal(size=shape).astype(np.float32))
+
+    einsum("up", "btd,edh->beth", "x", weight("w1", 4, 16, 24))
+    maker.node("Relu", ["up"], "active", "relu")
+    einsum("down", "beth,ehd->betd", "active", weight("w2", 4, 24, 16))
+    einsum("scores", "betd,bsd->bets", "down", "x")
+    einsum("summed", "bets->bts", "scores")
+    einsum("out", "bts,bsd,do->bto", "summed", "x", weight("w3", 16, 5))
+    inputs, outputs = [value("x", ["batch", 8, 16])], [value("out", ["batch", 8, 5])]
+    graph = helper.make_graph(maker.nodes, "net", inputs, outputs, maker.initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, tmp_path / "lowered.onnx")
+    _, build = built(OnnxRuntime(), tmp_path / "lowered.onnx")
+    assert build.coverage.other == dict.fromkeys(("up", "down", "out"), "runs as float Einsum")
+    _, build = built(OpenVino(), tmp_path / "lowered.onnx")
+    assert {"up", "down"} <= {*build.coverage.other}
+
+
 def test_openvino_refuses_an_engine_that_answers_one_sample_differently(tmp_path: Path) -> None:
     """Here on purpose; some INT8 attention of OpenVINO 2026.4 does it by mistake."""
     text = """<ir_version: 9, opset_import: ["" : 20]> noisy (float[B,4] x, int64[B,2] words, bool[B] seen)

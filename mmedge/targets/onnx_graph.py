@@ -23,6 +23,9 @@ OPERANDS: Mapping[str, tuple[int, int]] = {
     "MatMul": (0, 1),
     **dict.fromkeys(("LSTM", "GRU", "RNN"), (0, 1)),
 }
+# With Einsum, which may hold weights, too, among any number of operands. It is apart because what stands above runs in
+# INT8 where both operands are dequantized.
+WEIGHTED: Mapping[str, tuple[int, ...]] = {**OPERANDS, "Einsum": (0, 1, 2, 3)}
 
 
 def onnx_version() -> str:
@@ -110,13 +113,13 @@ class Graph:
         value = attribute(node, "value") if node is not None and node.op_type == "Constant" else None
         return value.t if value is not None else None
 
-    def weighted(self, operands: Mapping[str, tuple[int, int]] = OPERANDS) -> Iterator[tuple[NodeProto, int]]:
+    def weighted(self, operands: Mapping[str, tuple[int, ...]] = WEIGHTED) -> Iterator[tuple[NodeProto, int]]:
         """Nodes with constant weights, each with the position of the weight among its inputs.
 
         Products of two activations (attention scores) and of two constants are left out.
         """
         for node in self.nodes:
-            positions = operands.get(node.op_type, ())
+            positions = operands.get(node.op_type, ())[: len(node.input)]
             constant = [position for position in positions if self.is_constant(node.input[position])]
             if len(constant) == 1:
                 yield node, constant[0]

@@ -23,7 +23,7 @@ from mmedge.errors import TargetError, UsageError, needs_extra
 from mmedge.targets.base import Build, Coverage, Lowering, Runner, Target
 from mmedge.targets.checked import checked, in_batches, reported
 from mmedge.targets.lowered import described
-from mmedge.targets.onnx_graph import OPERANDS, Graph, attribute, label, onnx_version, place, read_graph
+from mmedge.targets.onnx_graph import WEIGHTED, Graph, attribute, label, onnx_version, place, read_graph
 from mmedge.targets.processor import fitting_bits, overflow
 from mmedge.targets.tensorrt.gpu import compute_capability
 from mmedge.tensors import Array
@@ -72,8 +72,8 @@ INT8_KERNELS: Mapping[str, tuple[int, int]] = {
     "DynamicQuantizeMatMul": (0, 1),
     "QAttention": (0, 1),
 }
-OTHER_KERNELS: Mapping[str, tuple[int, int]] = {
-    **OPERANDS,
+OTHER_KERNELS: Mapping[str, tuple[int, ...]] = {
+    **WEIGHTED,
     "FusedConv": (0, 1),
     "FusedGemm": (0, 1),
     "FusedMatMul": (0, 1),
@@ -108,7 +108,7 @@ class OnnxRuntime(Target):
     """
 
     name = "onnxruntime"
-    version = 2
+    version = 3
     lowering = Lowering(
         unsigned_activations="all",
         quantized_outputs="all",
@@ -427,7 +427,7 @@ def _one_node(folder: Path) -> Path:
 
 
 def _coverage(model: ModelProto, optimized: ModelProto) -> Coverage:
-    layers = [label(node) for node, _ in Graph(model).weighted({**OPERANDS, **INT8_KERNELS})]
+    layers = [label(node) for node, _ in Graph(model).weighted({**WEIGHTED, **INT8_KERNELS})]
     graph = Graph(optimized)
     int8 = {_layer(label(node), layers) for node, _ in graph.weighted(INT8_KERNELS)}
     other = {

@@ -35,6 +35,7 @@ _READ_AS = {
     "ConvolutionBackpropData",
     "GroupConvolutionBackpropData",
     "MatMul",
+    "Einsum",
 }
 _RECURRENT = {"LSTMSequence", "GRUSequence", "RNNSequence"}
 _SPLIT_OFF = ("/WithoutBiases", "/DequantizationMultiply", "/DequantizationSubtract")
@@ -52,7 +53,7 @@ class OpenVino(Target):
     """
 
     name = "openvino"
-    version = 6
+    version = 7
     lowering = Lowering(
         unsigned_activations="convolutions",
         weight_zero_points=False,
@@ -323,7 +324,7 @@ def _weighted(read: Mapping[str, Any]) -> dict[str, str]:
         operands = [port.get_source_output().get_node().friendly_name in constant for port in node.inputs()]
         if node.get_type_name() == "Constant" or (operands and all(operands)):
             constant.add(name)
-        elif node.get_type_name() in _READ_AS and operands[1]:
+        elif node.get_type_name() in _READ_AS and operands[1:2] == [True]:
             layers[name] = _plain(_onnx_name(node))
     return layers
 
