@@ -48,7 +48,7 @@ class _Nvidia(Target):
 
     module: str
     runtime: Literal["tensorrt", "tensorrt-rtx"]
-    version = 2
+    version = 3
 
     def __init__(
         self,
