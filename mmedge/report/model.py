@@ -146,7 +146,7 @@ class Parity(Part):
 
     @property
     def alike(self) -> bool:
-        """Whether they are as near as those of one network in float32 are; what the ``task check`` asks for, too."""
+        """Whether they are as near as float32 makes them; ``mmedge task check`` asks for the same."""
         return self.cosine >= 0.999
 
 
