@@ -187,14 +187,20 @@ class States(nn.Module):
         return self.head(self.norm(F.relu(x)))
 
 
-def test_onnxruntime_multiplies_rows_in_integers_where_nothing_quantizes_the_relu_behind(tmp_path) -> None:
-    torch.manual_seed(0)
-    task = task_of(States(), {"state": (12,)})
+def lowered_for_onnxruntime(task: Task, folder: Path) -> Network:
+    """The task's network in INT8, and as ``model.onnx`` in the folder."""
     context = context_of(task)
     stage = Quantize(Quantize.Config(calibration={"samples": 8}))
     network = stage.restore(Network(task.model), stage.run(Network(task.model), context), context)
-    write(onnx_of(network, task), tmp_path / "portable.onnx")
-    shape_for(tmp_path / "portable.onnx", OnnxRuntime().lowering, tmp_path / "model.onnx")
+    write(onnx_of(network, task), folder / "portable.onnx")
+    shape_for(folder / "portable.onnx", OnnxRuntime().lowering, folder / "model.onnx")
+    return network
+
+
+def test_onnxruntime_multiplies_rows_in_integers_where_nothing_quantizes_the_relu_behind(tmp_path) -> None:
+    torch.manual_seed(0)
+    task = task_of(States(), {"state": (12,)})
+    network = lowered_for_onnxruntime(task, tmp_path)
     (tmp_path / "built").mkdir()
     build = OnnxRuntime().build(tmp_path / "model.onnx", tmp_path / "built")
     assert build.coverage is not None
@@ -227,11 +233,7 @@ class Shared(nn.Module):
 def test_onnxruntime_multiplies_in_integers_what_is_read_in_float_too(shape, bias, tmp_path) -> None:
     torch.manual_seed(0)
     task = replace(task_of(Shared(bias), {"x": (*shape, 16)}), outputs=("logits", "out"))
-    context = context_of(task)
-    stage = Quantize(Quantize.Config(calibration={"samples": 8}))
-    network = stage.restore(Network(task.model), stage.run(Network(task.model), context), context)
-    write(onnx_of(network, task), tmp_path / "portable.onnx")
-    shape_for(tmp_path / "portable.onnx", OnnxRuntime().lowering, tmp_path / "model.onnx")
+    network = lowered_for_onnxruntime(task, tmp_path)
     (tmp_path / "engine").mkdir()
     build = OnnxRuntime().build(tmp_path / "model.onnx", tmp_path / "engine")
     assert build.coverage is not None
