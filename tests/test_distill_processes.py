@@ -204,8 +204,8 @@ def children(process: int) -> list[int]:
 
 
 def reached_in(kept: Path) -> int:
-    """The step of a training's latest state, 0 where there is none."""
-    return max((int(path.name.split("-")[1]) for path in kept.rglob("step-*")), default=0)
+    """The step of a training's latest state, 0 where there is none; looks into no state, which may go while it looks."""
+    return max((int(path.name.split("-")[1]) for path in kept.glob("*/step-*")), default=0)
 
 
 def killed_after(steps: int, kept: Path, folder: Path, launcher: list[str], **order: Any) -> None:
