@@ -86,6 +86,23 @@ def plain(net: Norms, x: Tensor) -> Tensor:
     return net.norms[0](net.layer(x))
 
 
+def positive(net: Norms, x: Tensor) -> Tensor:
+    """Scale and variance are computed from parameters."""
+    norm = net.norms[0]
+    return F.batch_norm(net.layer(x), norm.running_mean, norm.running_var + 0.1, norm.weight.exp(), norm.bias)
+
+
+def of_the_batch(net: Norms, x: Tensor) -> Tensor:
+    return F.batch_norm(net.layer(x), None, None, net.norms[0].weight, training=True)
+
+
+def of_other_data(net: Norms, x: Tensor) -> Tensor:
+    """One side with the statistics of the other."""
+    found, other = net.layer(x), net.layer(x.flip(-1))
+    axes = (0, 2, 3)
+    return F.batch_norm(found, other.mean(axes), other.var(axes), bias=net.norms[0].running_mean) - other
+
+
 class Linear(nn.Module):
     """A linear layer with two norms."""
 
@@ -187,6 +204,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and how many lay
     "read before the norm": (lambda: Norms(read_before), 3),
     "read between two norms": (lambda: Norms(norm_first), 3),
     "a second norm for one use": (lambda: Norms(in_a_row), 4),
+    "scale and variance are computed": (lambda: Norms(positive), 3),
+    "statistics of the batch": (lambda: Norms(of_the_batch), 3),
+    "statistics of other data": (lambda: Norms(of_other_data), 4),
     "norms behind a linear layer": (Linear, 3),
     "transposed": (lambda: transposed(1), 3),
     "transposed in groups": (lambda: transposed(2), 2),

@@ -204,7 +204,7 @@ def children(process: int) -> list[int]:
 
 
 def reached_in(kept: Path) -> int:
-    """The step of a training's latest state, 0 where there is none; looks into no state, which may go while it looks."""
+    """The step of a training's latest state, 0 where there is none; looks into none of them, which may go meanwhile."""
     return max((int(path.name.split("-")[1]) for path in kept.glob("*/step-*")), default=0)
 
 

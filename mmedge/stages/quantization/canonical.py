@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from mmedge.stages.quantization.norms import fold_norms
-from mmedge.stages.quantization.operators import CHANNEL_AXIS, LINEAR
+from mmedge.stages.quantization.operators import CHANNEL_AXIS, LINEAR, NORMS
 from mmedge.stages.quantization.parameters import add_parameter, free_path, stem
 from mmedge.stages.quantization.prepared import tensor_at
 
@@ -32,6 +32,7 @@ PADDED: Mapping[Any, Any] = {
     aten.conv2d.padding: aten.conv2d.default,
     aten.conv3d.padding: aten.conv3d.default,
 }
+ROLES = ("weight", "bias", "mean", "variance")
 RANDOM = ("rand", "dropout", "bernoulli", "normal")
 
 
@@ -46,8 +47,8 @@ def canonical(graph: GraphModule) -> GraphModule:
     for node in list(graph.graph.nodes):
         if node.target in PADDED:
             node = _padded_by_numbers(graph, node)
-        if node.target in CHANNEL_AXIS:
-            for position, role in ((1, "weight"), (2, "bias")):
+        if node.target in CHANNEL_AXIS or node.target in NORMS:
+            for position, role in enumerate(ROLES, start=1):  # a layer has strides where a norm has its statistics
                 _fold(graph, node, position, role, known)
         elif node.target in MATRIX and (weight := _weight(graph, node)) is not None:
             _replace(graph, node, weight)

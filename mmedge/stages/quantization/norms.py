@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from mmedge.stages.quantization.operators import CHANNEL_AXIS, LINEAR, NORMS, TRANSPOSED
-from mmedge.stages.quantization.parameters import add_parameter, free_path
+from mmedge.stages.quantization.parameters import Writer, add_parameter, free_path
 from mmedge.stages.quantization.prepared import tensor_at
 
 aten = torch.ops.aten
@@ -58,19 +58,26 @@ def fold_norms(graph: GraphModule) -> None:
     """Fold all norms of a float graph, in place; one whose layer others read as well becomes a product and a sum.
 
     Uses of one layer that have the same norm go on sharing one weight, others get one each. Of two norms in a row the
-    second is behind the layer once the first is folded, so it goes on until there is none.
+    second is behind the layer once the first is folded, so it goes on until there is none. Those whose statistics are
+    the batch's or computed from data are written as the operators they are made of.
     """
-    while found := _behind_layers(graph):
+    while found := [fold for node in _behind_layers(graph) if (fold := _foldable(graph, node)) is not None]:
         _fold(graph, found)
+    for node in _behind_layers(graph):
+        result = _result(node)
+        with graph.graph.inserting_before(result):
+            result.replace_all_uses_with(_written(Writer(graph.graph, result), node))
+    graph.graph.eliminate_dead_code()
 
 
-def _behind_layers(graph: GraphModule) -> list[_Fold]:
+def _behind_layers(graph: GraphModule) -> list[Node]:
     """The norms that are right behind a layer."""
-    return [
-        _Fold(node.args[0], _result(node), norm)
-        for node in graph.graph.nodes
-        if node.target in NORMS and (norm := _norm(graph, node)) is not None and _has_its_channels(node.args[0])
-    ]
+    return [node for node in graph.graph.nodes if node.target in NORMS and _has_its_channels(node.args[0])]
+
+
+def _foldable(graph: GraphModule, node: Node) -> _Fold | None:
+    norm = _norm(graph, node)
+    return None if norm is None else _Fold(node.args[0], _result(node), norm)  # type: ignore[arg-type]
 
 
 def _fold(graph: GraphModule, found: list[_Fold]) -> None:
@@ -104,10 +111,8 @@ def _has_its_channels(layer: Any) -> bool:
 
 
 def _norm(graph: GraphModule, node: Node) -> _Norm | None:
-    """None where the statistics are those of the batch, or computed."""
-    _, *parameters, in_training, _, epsilon = _arguments(node, 8)
-    if node.target is not aten.batch_norm.default:  # it has no such switch
-        in_training, epsilon = False, node.args[6]
+    """None where the statistics are those of the batch, or computed from data."""
+    (_, *parameters), in_training, epsilon = _settings(node)
     given = [each for each in parameters if each is not None]
     if in_training or len(parameters) < 4 or None in parameters[2:] or any(each.op != "get_attr" for each in given):
         return None
@@ -116,6 +121,29 @@ def _norm(graph: GraphModule, node: Node) -> _Norm | None:
     scale = torch.rsqrt(variance + epsilon) * (1 if weight is None else weight)
     shift = torch.zeros_like(mean) if bias is None else bias
     return _Norm(tuple(str(each.target) for each in given), scale, mean, shift)
+
+
+def _settings(node: Node) -> tuple[list[Any], bool, float]:
+    """What it reads (data, scale, shift, mean, variance), whether it takes the batch's statistics, and epsilon."""
+    *read, in_training, _, epsilon = _arguments(node, 8)
+    if node.target is not aten.batch_norm.default:  # it has no such switch
+        return read, False, node.args[6]  # type: ignore[return-value]
+    return read, in_training, epsilon
+
+
+def _written(write: Writer, node: Node) -> Node:
+    """What a norm gives, by single operators."""
+    (data, *parameters), in_training, epsilon = _settings(node)
+    axes = [0, *range(2, data.meta["val"].ndim)]
+    shape = (1, -1, *[1] * (data.meta["val"].ndim - 2))
+    scale, shift, mean, variance = (each and write(aten.view.default, each, shape) for each in parameters)
+    if in_training or mean is None:
+        mean = write(aten.mean.dim, data, axes, True)
+        variance = write(aten.var.correction, data, axes, correction=0, keepdim=True)
+    deviation = write(aten.rsqrt.default, write(aten.add.Tensor, variance, epsilon))
+    result = write(aten.mul.Tensor, write(aten.sub.Tensor, data, mean), deviation)
+    result = result if scale is None else write(aten.mul.Tensor, result, scale)
+    return result if shift is None else write(aten.add.Tensor, result, shift)
 
 
 def _result(node: Node) -> Node:

@@ -1,9 +1,11 @@
-"""Parameters that are added to a traced graph: where they lie and the node that reads them."""
+"""What is added to a traced graph: parameters, where they lie and the node that reads them, and operators."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 PARAMETRIZED = ".parametrizations."
 
@@ -33,3 +35,18 @@ def add_parameter(graph: GraphModule, path: str, value: Tensor, trains: bool, li
         node = graph.graph.get_attr(path)
     node.meta = {**like.meta, "val": like.meta["val"].new_empty(value.shape)}
     return node
+
+
+class Writer:
+    """Adds operators that know the shapes of what they give and the module that they stand for: that of ``like``."""
+
+    def __init__(self, graph: Graph, like: Node) -> None:
+        self.graph, self.like = graph, like
+
+    def __call__(self, target: Any, *arguments: Any, **options: Any) -> Node:
+        """The node of ``target`` over nodes and numbers."""
+        node = self.graph.call_function(target, arguments, options)
+        values = [each.meta["val"] if isinstance(each, Node) else each for each in arguments]
+        with self.like.meta["val"].fake_mode:
+            node.meta = {**self.like.meta, "val": target(*values, **options)}
+        return node

@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from mmedge.stages.quantization.operators import ATTENTION, MOST_TOKENS, most_tokens
+from mmedge.stages.quantization.parameters import Writer
 
 aten = torch.ops.aten
 
@@ -24,7 +25,7 @@ def spelled_out(graph: GraphModule) -> GraphModule:
         options = _options(*node.args[3:], **node.kwargs)
         if not options.pop("dropout_p"):
             with graph.graph.inserting_before(node):
-                node.replace_all_uses_with(_written(_Writer(graph.graph, node), node, **options))
+                node.replace_all_uses_with(_written(Writer(graph.graph, node), node, **options))
             graph.graph.erase_node(node)
     graph.recompile()
     return graph
@@ -41,22 +42,8 @@ def _options(
     return dict(locals())
 
 
-class _Writer:
-    """Adds operators that know the shapes of what they give and the module that they stand for."""
-
-    def __init__(self, graph: Graph, like: Node) -> None:
-        self.graph, self.like = graph, like
-
-    def __call__(self, target: Any, *arguments: Any, **options: Any) -> Node:
-        node = self.graph.call_function(target, arguments, options)
-        values = [each.meta["val"] if isinstance(each, Node) else each for each in arguments]
-        with self.like.meta["val"].fake_mode:
-            node.meta = {**self.like.meta, "val": target(*values, **options)}
-        return node
-
-
 def _written(
-    write: _Writer, node: Node, attn_mask: Node | None, is_causal: bool, scale: float | None, enable_gqa: bool
+    write: Writer, node: Node, attn_mask: Node | None, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> Node:
     """What the node gives, as ``mmedge.lower.attention`` writes it: a query that may look at nothing gives zeros."""
     query, key, value = node.args[:3]
