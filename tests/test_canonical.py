@@ -246,6 +246,30 @@ def test_before_rounding_nothing_has_changed(name: str) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
 
 
+X86 = Quantize.Config(placement="x86", calibration={"samples": 32})
+
+
+@pytest.mark.parametrize("name", ["read before the norm", "transposed in groups", "scale and variance are computed"])
+def test_the_x86_form_only_rounds(name: str, context_of) -> None:
+    pytest.importorskip("neural_compressor")
+    task = task_of(spread(NETWORKS[name][0]()))
+    stage, network = Quantize(X86), Network(task.model)
+    found = stage.restore(network, stage.run(network, context_of(task)), context_of(task))
+    inputs = as_tensors(task.example().inputs)
+    with torch.no_grad():
+        exact, rounded = (outputs_of(each, inputs, task.outputs)["logits"] for each in (task.model, found.module))
+    assert 0 < (rounded - exact).norm() < 0.03 * exact.norm()
+
+
+def test_a_network_that_the_x86_form_cannot_take_is_refused(context_of) -> None:
+    """torchao 0.18 places no observers where two uses of a layer are read."""
+    pytest.importorskip("neural_compressor")
+    task = task_of(spread(Norms(levels)))
+    with pytest.raises(StageError, match="cannot place the x86 form in this network: Input partition") as caught:
+        Quantize(X86).run(Network(task.model), context_of(task))
+    assert "leave placement out" in caught.value.fix
+
+
 def test_uses_with_norms_of_their_own_have_names_of_their_own() -> None:
     """The siamese sides share a weight, and so a name."""
     names = []

@@ -25,7 +25,7 @@ from mmedge.lower.shape import shape_for
 from mmedge.progress import Progress
 from mmedge.stages.base import Judgement, Network, as_tensors, outputs_of
 from mmedge.stages.quantization.tuning import Candidate, Trial, candidates, neural_compressor, search
-from mmedge.stages.quantization.x86 import x86_quantized, x86_restore, x86_state
+from mmedge.stages.quantization.x86 import x86_restore, x86_state
 from mmedge.stages.quantize import Quantize
 from mmedge.stages.trace import graph_of, quiet
 
@@ -372,12 +372,13 @@ def test_a_search_finds_the_layer_that_int8_breaks(small_task) -> None:
 
 @pytest.fixture(scope="module")
 def x86(template):
-    """A task, its traced network and calibration batches."""
+    """A task, its traced network, calibration batches and what they gave."""
     from mmedge.loading import load_task
 
     task = load_task(f"{template}:task", {})
     batches = [as_tensors(batch.inputs) for batch in task.stream("calibration")]
-    return task, graph_of(task.model.eval(), task), batches
+    graph = graph_of(task.model.eval(), task)
+    return task, graph, batches, x86_state(graph, batches)
 
 
 def logits(module: nn.Module, task, inputs: dict[str, Tensor]) -> Tensor:
@@ -386,13 +387,12 @@ def logits(module: nn.Module, task, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def test_x86_form_has_uint8_activations_with_zero_points_and_int8_weights(x86) -> None:
-    task, graph, batches = x86
-    found = x86_quantized(graph, batches)
+    task, graph, batches, (kept, layers) = x86
+    found = x86_restore(graph, kept)
     pairs = [node for node in found.graph.nodes if "quantize_per_tensor" in str(node.target)]
     assert {node.args[5] for node in pairs} == {torch.uint8}
     assert {bool(node.args[2]) for node in pairs} == {True, False}  # two-sided inputs, and what a ReLU gives
     assert sum(tensor.dtype == torch.int8 for tensor in found.state_dict().values()) == 6
-    _, layers = x86_state(graph, batches)
     assert sorted(layers) == ["camera.0", "camera.3", "fusion.0", "head", "inertial.0", "inertial.2"]
     assert not any(
         str(node.target).startswith("quantized_decomposed.quantize_per_channel") for node in found.graph.nodes
@@ -404,10 +404,10 @@ def test_x86_form_has_uint8_activations_with_zero_points_and_int8_weights(x86) -
 
 
 def test_x86_form_is_restored_to_the_last_bit_from_tensors_alone(x86) -> None:
-    task, graph, batches = x86
+    task, graph, batches, (state, _) = x86
     before, nodes = copy.deepcopy(graph.state_dict()), [node.name for node in graph.graph.nodes]
-    kept = load(save({name: tensor.clone() for name, tensor in x86_state(graph, batches)[0].items()}))
-    once = logits(x86_quantized(graph, batches), task, batches[1])
+    once = logits(x86_restore(graph, x86_state(graph, batches)[0]), task, batches[1])
+    kept = load(save({name: tensor.clone() for name, tensor in state.items()}))
     again = logits(x86_restore(graph_of(task.model, task), kept), task, batches[1])
     assert torch.equal(once, again)
     assert [node.name for node in graph.graph.nodes] == nodes
@@ -423,8 +423,8 @@ def test_x86_form_runs_in_int8_on_cpu_runtimes(x86, tmp_path, name: str) -> None
     from mmedge.targets.onnxruntime import OnnxRuntime
     from mmedge.targets.openvino import OpenVino
 
-    task, graph, batches = x86
-    found = x86_quantized(graph, batches)
+    task, graph, batches, (kept, _) = x86
+    found = x86_restore(graph, kept)
     target = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}[name]()
     write(onnx_of(Network(found, "qdq"), task), tmp_path / "base.onnx")
     shape_for(tmp_path / "base.onnx", target.lowering, tmp_path / "model.onnx")
@@ -441,9 +441,9 @@ def test_x86_form_runs_in_int8_on_cpu_runtimes(x86, tmp_path, name: str) -> None
 
 
 def test_x86_form_needs_finite_ranges(x86) -> None:
-    _, graph, batches = x86
+    _, graph, batches, _ = x86
     with pytest.raises(StageError, match="no finite range"):
-        x86_quantized(graph, [])
+        x86_state(graph, [])
     for value in (math.inf, math.nan):
         broken = [*batches[:1], {**batches[1], "motion": torch.full_like(batches[1]["motion"], value)}]
         with pytest.raises(StageError, match="no finite range") as caught:
@@ -491,7 +491,7 @@ def test_the_search_begins_with_the_placement_that_the_recipe_says(small_task, c
 
 
 def test_x86_form_without_the_library_is_an_error(x86, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, graph, batches = x86
+    _, graph, batches, _ = x86
     monkeypatch.setitem(sys.modules, "neural_compressor.torch.quantization", None)
     with pytest.raises(StageError, match="the x86 form of INT8 needs neural-compressor"):
-        x86_quantized(graph, batches)
+        x86_state(graph, batches)

@@ -52,7 +52,7 @@ class Quantize(Stage):
 
     name = "quantize"
     gives = "qdq"
-    version = 9
+    version = 10
 
     class Config(StageConfig):
         """Settings of ``quantize``.
@@ -117,7 +117,9 @@ def _for_x86(config: Quantize.Config, network: Network, context: Context) -> Sav
 
     samples = config.calibration.samples
     batches = varied(context.task, samples, size=samples)  # as the task gives them: its ranges depend on that
-    state, layers = x86_state(graph_of(network.module, context.task), batches)
+    graph = _float_graph(network, context.task)
+    _same_values(network, graph, context.task)
+    state, layers = x86_state(graph, batches)
     # None of them can go back to floating point alone, so they are only counted.
     edits = {"quantized": [], "layers": len(layers), "attention": [], "skipped": {}, "groups": {}}
     return Saved(state, {"placement": "x86", "keep_float": [], **edits})
@@ -237,7 +239,7 @@ def restored(network: Network, task: Task, saved: Saved) -> Network:
     if saved.edits.get("placement") == "x86":
         from mmedge.stages.quantization.x86 import x86_restore
 
-        return Network(x86_restore(graph_of(network.module, task), saved.tensors), "qdq")
+        return Network(x86_restore(_float_graph(network, task), saved.tensors), "qdq")
     from mmedge.stages.quantization.prepared import converted, load_state
 
     prepared, _ = prepare(network, task, saved.edits["keep_float"])
@@ -255,13 +257,12 @@ def prepare(network: Network, task: Task, keep_float: tuple[str, ...]) -> tuple[
     with quiet():  # torchao reports accelerator libraries that a CPU does not need
         from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-        from mmedge.stages.quantization.canonical import canonical
         from mmedge.stages.quantization.placement import Int8Placement
         from mmedge.stages.quantization.spelled import spelled_out
 
     placement = Int8Placement(keep_float)
     with quiet():
-        prepared = prepare_pt2e(spelled_out(canonical(graph_of(network.module, task))), placement)
+        prepared = prepare_pt2e(spelled_out(_float_graph(network, task)), placement)
     skipped = {each.layer: each.reason for each in placement.skipped}
     for pattern in keep_float:
         if not _names_any(pattern, placement.names):
@@ -276,6 +277,13 @@ def prepare(network: Network, task: Task, keep_float: tuple[str, ...]) -> tuple[
         )
     found = {"quantized": placement.quantized, "attention": placement.attention, "skipped": skipped}
     return prepared, {"keep_float": list(keep_float), **found}
+
+
+def _float_graph(network: Network, task: Task) -> GraphModule:
+    """The network traced, every layer with a weight of its own and the norms behind it."""
+    from mmedge.stages.quantization.canonical import canonical
+
+    return canonical(graph_of(network.module, task))
 
 
 def _names_any(pattern: str, names: Iterable[str]) -> bool:
@@ -293,7 +301,7 @@ def _why_unknown(pattern: str, layers: Collection[str], network: Network) -> tup
     return problem, f"{fix}; `NAME.*` stands for all layers within a module"
 
 
-def _same_values(network: Network, prepared: GraphModule, task: Task) -> None:
+def _same_values(network: Network, graph: GraphModule, task: Task) -> None:
     """Refuse a graph that, before anything is rounded, gives other values than the network: no repair would see it.
 
     Raises:
@@ -301,7 +309,7 @@ def _same_values(network: Network, prepared: GraphModule, task: Task) -> None:
     """
     inputs = {name: tensor[:2] for name, tensor in as_tensors(task.example().inputs).items()}
     with torch.no_grad():
-        exact, found = (outputs_of(module, inputs, task.outputs) for module in (network.module, prepared))
+        exact, found = (outputs_of(module, inputs, task.outputs) for module in (network.module, graph))
     for name, values in exact.items():
         if values.is_floating_point() and not _is_close(found[name].double(), values.double()):
             raise StageError(

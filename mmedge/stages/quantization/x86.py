@@ -25,8 +25,8 @@ from mmedge.stages.quantization.tuning import neural_compressor
 from mmedge.stages.trace import layer_name, quiet
 
 
-def x86_quantized(graph: GraphModule, batches: Iterable[Mapping[str, Tensor]]) -> GraphModule:
-    """Quantize a traced float network for CPUs.
+def x86_state(graph: GraphModule, batches: Iterable[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], list[str]]:
+    """Calibrate a traced float network for INT8 on CPUs.
 
     Args:
         graph: ``mmedge.stages.trace.graph_of`` a float network; stays as it is.
@@ -34,43 +34,11 @@ def x86_quantized(graph: GraphModule, batches: Iterable[Mapping[str, Tensor]]) -
             ``MovingAverageMinMaxObserver``), so batch size and order matter.
 
     Returns:
-        A graph with int8 weights and Q/DQ pairs, called like ``graph``.
+        All that is to be kept, float weights and observers, and the names of the layers that run in INT8.
 
     Raises:
         StageError: neural-compressor is not installed, or the data gives no finite ranges.
     """
-    return converted(_calibrated(graph, batches))
-
-
-def x86_state(graph: GraphModule, batches: Iterable[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], list[str]]:
-    """All of ``x86_quantized(graph, batches)`` that is to be kept, float weights and observers, and its INT8 layers."""
-    prepared = _calibrated(graph, batches)
-    weighted = [node for node in prepared.graph.nodes if is_weighted(node)]
-    return state_of(prepared), [layer_name(node) for node in weighted if all(map(_is_observed, node.args[:2]))]
-
-
-def x86_restore(graph: GraphModule, state: Mapping[str, Tensor]) -> GraphModule:
-    """The quantized graph, equal to the last bit, from a trace of the same float network and what was kept."""
-    prepared = _prepared(graph)
-    prepared.load_state_dict(dict(state), strict=True)
-    return converted(prepared)
-
-
-def _prepared(graph: GraphModule) -> GraphModule:
-    with neural_compressor("the x86 form of INT8"):
-        from neural_compressor.torch.quantization import INT8StaticQuantConfig, prepare
-
-        fresh: Any = copy.deepcopy(graph)
-        # What neural-compressor's own export() leaves on a graph; the trace has its symbolic batch already.
-        fresh._exported, fresh.dynamic_shapes = True, None
-        return prepare(fresh, INT8StaticQuantConfig())
-
-
-def _is_observed(value: Any) -> bool:
-    return isinstance(value, Node) and value.op == "call_module"  # a trace has no other modules
-
-
-def _calibrated(graph: GraphModule, batches: Iterable[Mapping[str, Tensor]]) -> GraphModule:
     prepared = _prepared(graph)
     with torch.no_grad(), quiet():
         for batch in batches:
@@ -86,4 +54,35 @@ def _calibrated(graph: GraphModule, batches: Iterable[Mapping[str, Tensor]]) -> 
             where="quantize",
             fix="look for NaN or overflow in the activations on the calibration split, and that it is not empty",
         )
-    return prepared
+    weighted = [node for node in prepared.graph.nodes if is_weighted(node)]
+    return state_of(prepared), [layer_name(node) for node in weighted if all(map(_is_observed, node.args[:2]))]
+
+
+def x86_restore(graph: GraphModule, state: Mapping[str, Tensor]) -> GraphModule:
+    """The graph with int8 weights and Q/DQ pairs, from a trace of the same float network and what was kept of it."""
+    prepared = _prepared(graph)
+    prepared.load_state_dict(dict(state), strict=True)
+    return converted(prepared)
+
+
+def _prepared(graph: GraphModule) -> GraphModule:
+    """The graph with observers.
+
+    Raises:
+        StageError: neural-compressor is not installed, or cannot place them (a layer that is used twice).
+    """
+    with neural_compressor("the x86 form of INT8"):
+        from neural_compressor.torch.quantization import INT8StaticQuantConfig, prepare
+
+        fresh: Any = copy.deepcopy(graph)
+        # What neural-compressor's own export() leaves on a graph; the trace has its symbolic batch already.
+        fresh._exported, fresh.dynamic_shapes = True, None
+        try:
+            return prepare(fresh, INT8StaticQuantConfig())
+        except (ValueError, RuntimeError, TypeError, AttributeError, LookupError, AssertionError) as err:
+            problem = f"neural-compressor cannot place the x86 form in this network: {str(err) or type(err).__name__}"
+            raise StageError(problem, where="quantize", fix="leave placement out, which takes mmedge's own") from err
+
+
+def _is_observed(value: Any) -> bool:
+    return isinstance(value, Node) and value.op == "call_module"  # a trace has no other modules
