@@ -49,12 +49,6 @@ class ArtifactError(MmedgeError):
     """A file of a run is missing, damaged or not what its manifest says."""
 
 
-class GateError(MmedgeError):
-    """A gate of the recipe failed; the run and its report are complete."""
-
-    exit_status = 3
-
-
 class TargetError(MmedgeError):
     """A target or device cannot be used on this machine."""
 

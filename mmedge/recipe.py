@@ -212,7 +212,7 @@ def plan(recipe: Recipe, where: str) -> tuple[PlannedStage, ...]:
     Raises:
         RecipeError: settings are wrong, or a stage cannot take what the one before gives.
     """
-    form, giver, planned = "float", "", []
+    form, giver, closed, planned = "float", "", "", []
     kinds = [kind for entry in recipe.stages for kind in entry]
     for index, (kind, name) in enumerate(zip(kinds, _numbered(kinds), strict=True)):
         stage_class = plugins.load("stage", kind)
@@ -221,11 +221,14 @@ def plan(recipe: Recipe, where: str) -> tuple[PlannedStage, ...]:
             stage = stage_class(_validated(stage_class.Config, recipe.stages[index][kind]))
         except ValidationError as err:
             raise _explained(err, place, stage_class.Config) from err
+        if closed:
+            raise RecipeError(f"nothing may follow {closed}", where=place, fix=f"put it before {closed}")
         if form not in stage_class.accepts:
             takes, fix = " or ".join(sorted(stage_class.accepts)), f"put it before {giver}, or leave it out"
             raise RecipeError(f"takes a {takes} network, but gets {form} from {giver}", where=place, fix=fix)
         if stage_class.gives:
             form, giver = stage_class.gives, f"stages[{index}].{kind}"
+        closed = f"stages[{index}].{kind}" if stage_class.closes else ""
         planned.append(PlannedStage(name, kind, stage))
     names = {stage.name for stage in planned}
     for name in stage_names(recipe.gates):

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from mmedge import plugins
 from mmedge.artifact import Store
+from mmedge.errors import TargetError, UnsteadyError
 from mmedge.pipeline import judge as judging
 from mmedge.pipeline.judge import Judge
 from mmedge.pipeline.line import Line
@@ -104,6 +107,38 @@ def test_engines_of_other_targets_do_not_end_up_in_the_one_that_is_timed(int8, s
     assert verdict.speedup is not None
     assert verdict.speedup > 0
     assert abs(verdict.drop) < 0.05
+
+
+def test_a_form_that_gives_no_steady_answers_is_left_out(int8, small_task, monkeypatch) -> None:
+    judge, clock = judge_of(small_task, monkeypatch, [1, 2], [4, 2])
+    build = OpenVino.build
+
+    def unsteady(self, lowered, folder):
+        if self.float_name == "bf16" and has_integers(lowered):
+            raise UnsteadyError("answers differ")
+        return build(self, lowered, folder)
+
+    monkeypatch.setattr(OpenVino, "build", unsteady)
+    assert judge(*int8).speedup == pytest.approx(2.0)
+    assert [engine.name for engine in clock.engines[1]] == ["0", "0"]
+    monkeypatch.setattr(judge, "others", [OpenVino("bf16")])
+    clock.runs.append([4, 2])
+    assert judge(*int8).speedup == pytest.approx(2.0)
+
+
+def has_integers(lowered: Path) -> bool:
+    return any(node.op_type == "QuantizeLinear" for node in ir.load(lowered).graph)
+
+
+def test_what_a_target_elsewhere_refuses_is_no_candidate(int8, small_task, context_of) -> None:
+    pytest.importorskip("neural_compressor")
+    network, own = int8
+    jetson = plugins.target("jetson-agx-orin")
+    judge = Judge(small_task, OnnxRuntime(), [], 1, Progress(), [jetson], {"min": 1, "opt": 1, "max": 1})
+    assert judge(network, own).speedup is not None
+    stage, context = Quantize(Quantize.Config(placement="x86", calibration={"samples": 64})), context_of(small_task)
+    with pytest.raises(TargetError, match="TensorRT"):
+        judge(network, stage.restore(network, stage.run(network, context), context))
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,17 @@ def test_a_metric_beside_the_gated_one_counts_too() -> None:
     assert peak(health, wide) < 6 * OF_A_BATCH  # it asks the gated metric alone
 
 
+def test_a_metric_beside_the_gated_one_may_be_undefined() -> None:
+    """As a correlation is with answers that are all alike."""
+    undefined = Metric("correlation", lambda outputs, targets: float("nan"))
+    broken = Metric("broken", lambda outputs, targets: 1 // 0)
+    found = Accuracy.of(split(task(TAKEN)), task(TAKEN, also=(undefined, broken)))
+    assert found.value == Accuracy.of(split(task(TAKEN)), task(TAKEN)).value
+    assert found.others["correlation"] == "returned nan"
+    assert "ZeroDivisionError" in found.others["broken"]
+    assert Accuracy.from_json(found.as_json()) == found
+
+
 def test_the_first_samples_are_kept_in_full_to_be_compared() -> None:
     whole, some = (run_split(engine, task(metric), "test", "wide", first=12) for metric in (ALL, TAKEN))
     assert list(some.outputs) == ["logits"]

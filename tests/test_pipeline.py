@@ -128,6 +128,16 @@ def test_what_the_first_stage_will_refuse_is_said_before_anything_is_built(stage
     }
 
 
+def test_what_a_later_stage_will_refuse_of_the_task_is_said_before_anything_is_built(recipe_file, tmp_path) -> None:
+    recipe = load_recipe(recipe_file, changes=["stages.quantize.calibration.samples=100000"])
+    assert [*recipe.stages[0]] != ["quantize"]
+    with pytest.raises(StageError, match="the recipe asks for 100000"):
+        compress(job(recipe, tmp_path / "run"), Progress())
+    assert {load_artifact(each.parent).manifest.kind for each in tmp_path.glob("run/artifacts/*/manifest.json")} == {
+        "measurement"  # that the task's data was checked
+    }
+
+
 def test_every_artifact_is_whole_and_the_engine_is_where_the_report_says(finished) -> None:
     report, folder = finished
     for stage in report.stages:
@@ -280,6 +290,9 @@ def test_the_task_of_a_run_that_is_not_found_from_here(finished, tmp_path) -> No
     with pytest.raises(UsageError, match="holds the task of this run") as caught:
         job_of(run, [], "mmedge profile …")
     assert "from the folder that the run was made from" in str(caught.value)
+    for maker in ("hf:./vit", "hf:./vit:loader=rows.py:rows"):  # its loader's place is for the maker to find
+        (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "task": maker}))
+        assert job_of(run, [], "mmedge profile …").recipe.task == maker
 
 
 def test_a_damaged_note_is_said_to_be(finished, tmp_path) -> None:

@@ -180,6 +180,11 @@ MISTAKES = {
         "mine.yaml: stages[2].prune",
         "takes a float network, but gets qdq from stages[1].quantize\n  put it before stages[1].quantize",
     ),
+    "distill after fp16": (
+        HEAD + "stages: [quantize, fp16, distill]",
+        "mine.yaml: stages[2].distill",
+        "nothing may follow stages[1].fp16\n  put it before stages[1].fp16",
+    ),
     "quantize twice": (HEAD + "stages: [quantize, quantize]", "mine.yaml: stages[1].quantize", "or leave it out"),
 }
 

@@ -71,8 +71,6 @@ def plainly_trained(task, seed: int, epochs: int, samples: int, fresh: float, ra
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student.to(memory_format=torch.channels_last).train()
-        with torch.no_grad():
-            student(**as_tensors(task.example().inputs))
         project = nn.Linear(80, 128)
         parameters = [*student.parameters(), *project.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
@@ -157,6 +155,33 @@ def test_the_teacher_is_asked_once(small_task, context_of) -> None:
     config = stage_of(features={"layers": {"eye": "camera"}}).config
     ask_teacher(config, context, Engine(config, "distill"))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(64, [64]), (65, [64]), (66, [64, 2]), (1, [1])])
+def test_a_single_sample_that_is_left_over_is_not_shown(small_task, limit, sizes) -> None:
+    """It has neither statistics for a batch norm nor a spread."""
+    assert [len(targets) for _, _, targets in samples_of(small_task, 0, limit)] == sizes
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6])
+def test_a_training_may_be_as_short_as_it_likes(small_task, context_of, steps) -> None:
+    task = replace(small_task, student=Student)
+    saved = stage_of(epochs=steps, samples=64).run(Network(task.model), context_of(task))
+    assert not same(saved.tensors, task.student().state_dict())
+
+
+def test_calibration_samples_leave_no_statistics_in_the_student(small_task, context_of) -> None:
+    seen = []
+
+    def batches(split, seed):
+        for batch in small_task.batches(split, seed):
+            yield replace(batch, inputs={**batch.inputs, "image": batch.inputs["image"] + (split != "train") * 1e6})
+
+    task = replace(small_task, batches=batches, student=Student)
+    for features in (0, 1):
+        saved = stage_of(epochs=1, samples=64, features=features, labels=1).run(Network(task.model), context_of(task))
+        seen.append(saved.tensors["norm.running_mean"].abs().max())
+    assert max(seen) < 100
 
 
 def test_a_teacher_that_is_asked_for_every_batch_says_the_same(small_task, context_of) -> None:

@@ -24,6 +24,7 @@ from mmedge.lower.export import onnx_of, write
 from mmedge.lower.shape import shape_for
 from mmedge.progress import Progress
 from mmedge.stages.base import Judgement, Network, as_tensors, outputs_of
+from mmedge.stages.distill import Distill
 from mmedge.stages.quantization.tuning import Candidate, Trial, candidates, neural_compressor, search
 from mmedge.stages.quantization.x86 import x86_restore, x86_state
 from mmedge.stages.quantize import Quantize
@@ -488,6 +489,45 @@ def test_the_search_begins_with_the_placement_that_the_recipe_says(small_task, c
     second = {"x86": "mmedge's own placement", "tensorrt": "observer entropy"}[placement]
     assert [trial["name"] for trial in saved.edits["trials"]] == ["as the recipe says", second]
     assert tried == [placement, "tensorrt"]
+
+
+def test_the_search_has_no_x86_form_where_layers_are_to_stay_float(small_task, context_of) -> None:
+    settings = {"keep_float": ["head"], "calibration": {"samples": 64}, "tune": {"max_drop": 0, "trials": 100}}
+    stage = Quantize(Quantize.Config.model_validate(settings))
+    saved = stage.run(Network(small_task.model), context_of(small_task, judge=lambda *_: Judgement(1.0, 2.0)))
+    assert saved.edits["keep_float"][0] == "head"
+    assert len(saved.edits["trials"]) > 1
+    assert not [trial for trial in saved.edits["trials"] if "x86" in trial["name"]]
+
+
+def test_what_is_quantized_for_x86_cannot_be_trained(small_task, context_of) -> None:
+    pytest.importorskip("neural_compressor")
+    context = context_of(small_task)
+    stage = Quantize(Quantize.Config(placement="x86", calibration={"samples": 64}))
+    network = stage.restore(Network(small_task.model), stage.run(Network(small_task.model), context), context)
+    with pytest.raises(StageError, match="a form that cannot be trained"):
+        Distill(Distill.Config()).run(network, context)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"calibration": {"samples": 100_000}}, "samples, the recipe asks for 100000"),
+        ({"tune": {}}, "no target of this run can run engines here"),
+    ],
+)
+def test_what_no_network_could_help_is_said_before_the_first_stage(small_task, context_of, settings, problem) -> None:
+    with pytest.raises(StageError, match=problem):
+        Quantize(Quantize.Config.model_validate(settings)).expect(context_of(small_task))
+
+
+@pytest.mark.parametrize("settings", [{"tune": {}}, {"placement": "x86"}])
+def test_a_missing_library_is_said_before_the_first_stage(small_task, context_of, settings, monkeypatch) -> None:
+    monkeypatch.setattr("mmedge.stages.quantize.find_spec", lambda name: None)
+    context = context_of(small_task, judge=lambda *_: Judgement(0.0, 1.0))
+    stage = Quantize(Quantize.Config.model_validate({"calibration": {"samples": 64}, **settings}))
+    with pytest.raises(StageError, match="needs neural-compressor"):
+        stage.expect(context)
 
 
 def test_x86_form_without_the_library_is_an_error(x86, monkeypatch: pytest.MonkeyPatch) -> None:

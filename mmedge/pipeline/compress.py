@@ -15,7 +15,7 @@ import torch
 from mmedge import plugins
 from mmedge.artifact import Store, load_artifact
 from mmedge.errors import TargetError, UsageError
-from mmedge.loading import load_task
+from mmedge.loading import MAKERS, load_task
 from mmedge.pipeline.check import check_model, check_splits, digest_of_task
 from mmedge.pipeline.device import judged, with_devices
 from mmedge.pipeline.environment import environment
@@ -142,7 +142,7 @@ def job_of(
 
 def _expect_task_file(task: str, run: Path) -> None:
     place = task.rpartition(":")[0]
-    if place.endswith(".py") and not Path(place).is_file():
+    if task.partition(":")[0] not in MAKERS and place.endswith(".py") and not Path(place).is_file():
         raise UsageError(
             f"no file {place!r}, which holds the task of this run",
             where=str(run),
@@ -204,11 +204,12 @@ class _Run:
         onnx = [target for target in here if target.lowering.format == "onnx"]
         runnable = [target for target in onnx if target.cannot_run() is None]
         others = [target for target in onnx if target not in runnable[:1]]
-        judge = Judge(task, runnable[0], others, job.recipe.profile.threads, progress) if runnable else None
+        deferred = [use.target for use in uses if use.elsewhere and use.target.lowering.format == "onnx"]
+        batch, threads = job.recipe.export.batch.model_dump(), job.recipe.profile.threads
+        judge = Judge(task, runnable[0], others, threads, progress, deferred, batch) if runnable else None
         ready = {target.name: target for target in runnable}
         elsewhere = [use.target.name for use in uses if use.target.name not in ready]
-        watch = Stopwatch(task, ready, elsewhere, job.recipe.profile.threads, progress)
-        batch = job.recipe.export.batch.model_dump()
+        watch = Stopwatch(task, ready, elsewhere, threads, progress)
         self.line = Line(task, digest, store, job.seed, progress, batch, judge, watch)
         self.measured = Measurements(self.line, job.recipe.profile, job.recipe.twin)
         self.environment = environment()
@@ -216,6 +217,8 @@ class _Run:
 
     def go(self) -> Report:
         """Every stage in turn, then one interleaved timing of all of them per target."""
+        for planned in self.planned:
+            self.line.expect(planned)
         baseline = self.line.baseline()
         for first in self.planned[:1]:  # what later ones will be given is not known yet
             self.line.check(baseline, first)

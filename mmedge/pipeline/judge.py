@@ -6,13 +6,14 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
-from mmedge.errors import StageError
+from mmedge.errors import StageError, UnsteadyError
 from mmedge.pipeline.folder import processors
 from mmedge.profile.accuracy import run_split
 from mmedge.profile.latency import EngineRef, Series, interleaved
@@ -36,9 +37,11 @@ class Judge:
     Attributes:
         task: data and metric. The test split is never looked at.
         target: one that runs engines here.
-        others: the run's other targets: a network that one of them cannot build is none.
+        others: the run's other targets that build here: a network that one of them cannot build is none.
         threads: of the engines while they are timed.
         progress: for the user.
+        deferred: those that build elsewhere: nor is one whose graph they refuse.
+        batch: for these, min, opt and max that engines are built for.
     """
 
     task: Task
@@ -46,6 +49,8 @@ class Judge:
     others: Sequence[Target]
     threads: int
     progress: Progress
+    deferred: Sequence[Target] = ()
+    batch: Mapping[str, int] = field(default_factory=dict)
     _twin: _Twin | None = field(default=None, init=False, repr=False)
 
     def __call__(self, parent: Network, network: Network) -> Judgement:
@@ -74,15 +79,28 @@ class Judge:
         return self._twin
 
     def _engines(self, network: Network, folder: Path) -> list[Path]:
-        """The network in all forms of the target."""
+        """The network in all forms of the target but those that answer one sample differently from time to time."""
         from mmedge.lower.export import onnx_of, write
+        from mmedge.lower.shape import shape_for
 
         portable = folder / "portable.onnx"
         write(onnx_of(network, self.task), portable)
         for number, other in enumerate(self.others):
-            _build(other, portable, folder / f"other-{number}")
-        forms = self.target.forms()
-        return [_build(form, portable, folder / str(number)) for number, form in enumerate(forms)]
+            with suppress(UnsteadyError):  # the twin rule of that target finds another
+                _build(other, portable, folder / f"other-{number}")
+        for number, target in enumerate(self.deferred):
+            lowered = folder / f"deferred-{number}.onnx"
+            shape_for(portable, target.lowering, lowered)
+            target.describe(lowered, self.batch)
+        found = []
+        for number, form in enumerate(self.target.forms()):
+            try:
+                found.append(_build(form, portable, folder / str(number)))
+            except UnsteadyError as err:
+                why = err
+        if not found:
+            raise why
+        return found
 
     def _speedups(self, engines: Sequence[Path]) -> dict[Path, float]:
         """Of each over the first, from one interleaved run."""

@@ -174,6 +174,21 @@ class Line:
             "versions": versions_of("torch", "torchao", "torch-pruning"),
         }
 
+    def expect(self, planned: PlannedStage) -> None:
+        """Ask a stage whether it can work with this task, once.
+
+        Raises:
+            StageError: it cannot.
+        """
+
+        def ask() -> dict[str, Any]:
+            planned.stage.expect(self.context)
+            return {}
+
+        settings = planned.stage.config.model_dump(mode="json")
+        inputs = {"task": self.task_digest, "settings": settings, "judge": self.judge is not None}
+        self.store.values(f"{planned.name}-expected", inputs, ask)
+
     def check(self, parent: Step, planned: PlannedStage) -> None:
         """Ask a stage whether its settings fit ``parent``, once.
 

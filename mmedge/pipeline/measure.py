@@ -319,11 +319,13 @@ class Measurements:
             reasons["accuracy.drop_ci95"] = drop.reason
         if found.reason:
             reasons["accuracy.ci95"] = found.reason
+        undefined = {name: why for name, why in found.others.items() if isinstance(why, str)}
+        reasons |= {f"accuracy.others.{name}": why for name, why in undefined.items()}
         return {
             "value": found.value,
             "samples": found.samples,
             "ci95": found.ci95,
-            "others": found.others,
+            "others": {**found.others, **dict.fromkeys(undefined)},
             "drop": drop.value,
             "drop_ci95": drop.ci95,
             "drop_vs_parent": Drop.between(parent, found, higher).value if parent else None,

@@ -15,7 +15,7 @@ import numpy as np
 from mmedge.errors import MmedgeError, TargetError, TaskError
 from mmedge.progress import Progress
 from mmedge.targets.base import Runner
-from mmedge.task import Batch, Split, Task
+from mmedge.task import Batch, Metric, Split, Task
 from mmedge.tensors import Array, Arrays, blank, disturb
 
 RESAMPLES = 200
@@ -139,7 +139,7 @@ class Accuracy:
         samples: how many.
         ci95: 95 % interval for the choice of samples, None with a ``reason``.
         reason: why there is none.
-        others: the task's further metrics, by name.
+        others: the task's further metrics, by name: the value, or why there is none.
         resampled: what intervals come from; None, with a ``reason``, where the samples cannot be resampled.
     """
 
@@ -147,7 +147,7 @@ class Accuracy:
     samples: int
     ci95: tuple[float, float] | None
     reason: str | None = None
-    others: Mapping[str, float] = field(default_factory=dict)
+    others: Mapping[str, float | str] = field(default_factory=dict)
     resampled: Resampled | None = None
 
     @classmethod
@@ -160,10 +160,10 @@ class Accuracy:
         interval.
 
         Raises:
-            TaskError: the metric fails on the answers.
+            TaskError: the metric fails on the answers. Further metrics may.
         """
         value = task.score(answers.outputs, answers.targets)
-        others = {metric.name: task.score(answers.outputs, answers.targets, metric) for metric in task.also}
+        others = {metric.name: _further(answers, task, metric) for metric in task.also}
         drawn = _resample(answers, task, value, seed)
         if isinstance(drawn, str):
             return cls(value, len(answers), None, drawn, others)
@@ -206,6 +206,14 @@ class Drop:
             return cls(value, None, better.reason or worse.reason)
         found = better.resampled.interval_of_difference(worse.resampled, value)
         return cls(value, None, found) if isinstance(found, str) else cls(value, found)
+
+
+def _further(answers: Outputs, task: Task, metric: Metric) -> float | str:
+    """The value of a further metric, or why it has none."""
+    try:
+        return task.score(answers.outputs, answers.targets, metric)
+    except TaskError as err:
+        return err.problem
 
 
 def _resample(answers: Outputs, task: Task, value: float, seed: int) -> Resampled | str:

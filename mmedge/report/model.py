@@ -98,7 +98,7 @@ class Accuracy(Part):
     drop: float | None
     drop_ci95: Interval | None = None
     drop_vs_parent: float | None
-    others: dict[str, float] = Field(default_factory=dict)
+    others: dict[str, float | None] = Field(default_factory=dict)
 
 
 class Latency(Part):

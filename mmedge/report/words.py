@@ -80,7 +80,11 @@ def others(report: Report) -> Iterator[str]:
     for stage in report.stages:
         for result in stage.results:
             if result.accuracy and result.accuracy.others:
-                listed = ", ".join(f"{name} {value:.4g}" for name, value in result.accuracy.others.items())
+                found = result.accuracy.others.items()
+                listed = ", ".join(
+                    f"{name} {result.why(f'accuracy.others.{name}') if value is None else f'{value:.4g}'}"
+                    for name, value in found
+                )
                 yield f"{stage.name} on {result.target}: {listed}"
 
 

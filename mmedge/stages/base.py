@@ -134,10 +134,21 @@ class Stage(ABC):
     Config: ClassVar[type[StageConfig]]
     accepts: ClassVar[frozenset[Form]] = frozenset({"float"})
     gives: ClassVar[Form | None] = None  # None: the form it was given
+    closes: ClassVar[bool] = False  # what it says holds for the network it is given: no stage may follow
     version: ClassVar[int] = 1  # raise it when the same settings give another result: cached artifacts expire
 
     def __init__(self, config: StageConfig) -> None:
         self.config: Any = config
+
+    def expect(self, context: Context) -> None:
+        """Refuse what cannot work whatever network comes: too few samples, a library that is not there.
+
+        The pipeline asks all stages so before the first one runs, for that may take hours.
+
+        Raises:
+            StageError: as in ``run``.
+        """
+        return
 
     def check(self, network: Network, context: Context) -> None:
         """Refuse settings that do not fit a network, as far as a query or a trace of it tells.

@@ -24,7 +24,7 @@ class Distill(Stage):
 
     name = "distill"
     accepts = frozenset({"float", "qdq"})
-    version = 2
+    version = 3
 
     class Config(Training):
         """Settings of ``distill``.
@@ -48,6 +48,12 @@ class Distill(Stage):
         """Train a copy of the student and keep its weights."""
         if network.prepared is not None:
             return self._train_quantized(network, network.prepared, context)
+        if network.form == "qdq":
+            raise StageError(
+                "the network is quantized for x86, a form that cannot be trained",
+                where=f"task {context.task.name}: distill",
+                fix="put this stage before quantize, or leave quantize's placement out",
+            )
         kept = blocks_to_keep(network, self.config.depth, context) if self.config.student == "shallow" else {}
         student = self._student(network, kept, context)
         distil(student, self.config, context, "distill")

@@ -16,11 +16,13 @@ class Fp16(Stage):
     """Nothing changes in PyTorch: precision goes into the exported graph, as casts (TensorRT 11 knows no other way).
 
     Norms always stay float32. What else must is found on calibration data: modules whose values float16 cannot hold.
-    After ``quantize`` the INT8 layers stay INT8 and the rest becomes float16.
+    After ``quantize`` the INT8 layers stay INT8 and the rest becomes float16. It is the last stage: another one makes
+    another network, which has other values.
     """
 
     name = "fp16"
     accepts = frozenset({"float", "qdq"})
+    closes = True
 
     class Config(StageConfig):
         """Settings of ``fp16``.

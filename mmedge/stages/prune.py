@@ -48,6 +48,7 @@ class Prune(Stage):
     """
 
     name = "prune"
+    version = 2
 
     class Config(StageConfig):
         """Settings of ``prune``. One of ``width``, ``macs``, ``parameters``, ``latency_ms``, ``speedup`` and ``widths``

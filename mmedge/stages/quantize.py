@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch.fx import GraphModule
 from typing_extensions import Self
 
 from mmedge.errors import StageError, unknown
-from mmedge.stages.base import Context, Network, Saved, Stage, StageConfig, as_tensors, outputs_of
+from mmedge.stages.base import Context, Judgement, Network, Saved, Stage, StageConfig, as_tensors, outputs_of
 from mmedge.stages.quantization.settings import Calibration
 from mmedge.stages.trace import graph_of, quiet, without_wrappers
 from mmedge.task import Task
@@ -88,6 +89,17 @@ class Quantize(Stage):
             if self.placement == "x86" and (unused := [name for name, value in given.items() if value]):
                 raise ValueError(f"placement x86 has no {', '.join(unused)}: leave them out, or the placement")
             return self
+
+    def expect(self, context: Context) -> None:
+        """There are samples enough, and what ``tune`` and the x86 form need."""
+        self.config.calibration.expect_samples(context.task)
+        if self.config.tune is not None:
+            _judge_of(context)
+        if self.config.tune is not None or self.config.placement == "x86":
+            from mmedge.stages.quantization.tuning import missing
+
+            if find_spec("neural_compressor") is None:
+                raise missing("the search for settings" if self.config.tune else "the x86 form of INT8")
 
     def check(self, network: Network, context: Context) -> None:
         """``keep_float`` names layers."""
@@ -166,10 +178,7 @@ def tuned(config: Quantize.Config, tune: Tune, network: Network, context: Contex
     """
     from mmedge.stages.quantization.tuning import search
 
-    where = f"task {context.task.name}: quantize.tune"
-    if context.judge is None:
-        raise StageError("no target of this run can run engines here", where=where, fix="leave tune out, or add one")
-    judge = context.judge
+    judge = _judge_of(context)
 
     def apply(candidate: Candidate) -> Network:
         quick = _with(config, candidate.settings).model_copy(update={"sensitivity_samples": 0})
@@ -190,6 +199,7 @@ def tuned(config: Quantize.Config, tune: Tune, network: Network, context: Contex
     )
     judged = [trial for trial in trials if trial.drop is not None]
     if not judged:
+        where = f"task {context.task.name}: quantize.tune"
         raise StageError(f"no trial could be judged: {trials[0].reason}", where=where)
     chosen = accepted or min(judged, key=lambda trial: trial.drop or 0.0)
     # Made once more, not kept: weights of every trial would not fit in memory, and calibration is remembered.
@@ -202,13 +212,22 @@ def tuned(config: Quantize.Config, tune: Tune, network: Network, context: Contex
     return Saved(saved.tensors, {**saved.edits, "trials": told})
 
 
+def _judge_of(context: Context) -> Callable[[Network, Network], Judgement]:
+    if context.judge is None:
+        where = f"task {context.task.name}: quantize.tune"
+        raise StageError("no target of this run can run engines here", where=where, fix="leave tune out, or add one")
+    return context.judge
+
+
 def _space(config: Quantize.Config, worst_first: Sequence[tuple[str, list[str]]]) -> list[Candidate]:
-    """What to try: the recipe's placement first, and the other one; x86 has no settings to vary."""
+    """What to try: the recipe's placement first, and the other one; x86 has no settings to vary and keeps no layer."""
     from mmedge.stages.quantization.tuning import Candidate, candidates
 
     given = _settings_of(config)
     own = candidates({**given, "placement": "tensorrt"}, worst_first)
     x86 = {**given, "placement": "x86"}
+    if config.keep_float:
+        return own
     if config.placement == "tensorrt":
         return [*own, Candidate("neural-compressor's x86 placement", x86)]
     return [Candidate(own[0].name, x86), Candidate("mmedge's own placement", own[0].settings), *own[1:]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Learner(nn.Module):
         self.student, self.watch, self.settings, self.task = watch.module, watch, settings, task
         self.projections = nn.ModuleList()
         if settings.features.weight:
-            with torch.no_grad():
+            with torch.no_grad(), _in_evaluation(self.student):
                 seen = watch.run(as_tensors(task.example().inputs))
             for mine, theirs in settings.feature_layers():
                 width, goal = seen.features[mine].shape[-1], taught.features[theirs].shape[-1]
@@ -64,6 +64,17 @@ class Learner(nn.Module):
         return Seen(
             seen.outputs, seen.features if settings.relations.weight else {}, seen.maps, projected, scores
         ).flat()
+
+
+@contextmanager
+def _in_evaluation(student: nn.Module) -> Iterator[None]:
+    """Within, a student in training drops nothing out and takes in no statistics; a traced graph has no modes."""
+    modes = not isinstance(student, GraphModule)
+    if modes:
+        student.eval()
+    yield
+    if modes:
+        student.train()
 
 
 @dataclass
@@ -94,7 +105,8 @@ class Course:
         self.parameters = list(learner.parameters())
         rate, steps = self.settings.learning_rate, max(lessons.steps, 2)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=self.settings.weight_decay)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, total_steps=steps, pct_start=0.2)
+        warming = 0.25 if steps == 5 else 0.2  # OneCycleLR divides by steps * warming - 1
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rate, total_steps=steps, pct_start=warming)
 
     def go(self, answers: Answers, bar: Bar) -> None:
         """Train to the end, and leave the student on the processor.
@@ -176,21 +188,16 @@ class Course:
     def _score(self) -> float:
         """The metric on the calibration split."""
         student = self.learner.student
-        modes = not isinstance(student, GraphModule)
-        if modes:
-            student.eval()
         taken = self.task.scored(self.task.metric)
         outputs: dict[str, list[Any]] = {name: [] for name in taken}
         targets = []
-        with torch.no_grad():
+        with torch.no_grad(), _in_evaluation(student):
             for batch in self.task.stream("calibration"):
                 inputs = {name: value.to(self.engine.device) for name, value in as_tensors(batch.inputs).items()}
                 made = outputs_of(student, inputs, self.task.outputs)
                 for name in taken:
                     outputs[name].append(made[name].cpu().numpy())
                 targets.append(batch.targets)
-        if modes:
-            student.train()
         joined = {name: np.concatenate(parts) for name, parts in outputs.items()}
         return self.task.score(joined, np.concatenate(targets))
 

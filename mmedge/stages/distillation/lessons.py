@@ -63,12 +63,16 @@ class Lessons:
 
 
 def samples_of(task: Task, seed: int, limit: int | None) -> Iterator[tuple[int, dict[str, Tensor], Tensor]]:
-    """The first ``limit`` training samples as ``(index of the first, inputs, targets)``, batch by batch."""
-    first = 0
+    """The first ``limit`` training samples as ``(index of the first, inputs, targets)``, batch by batch.
+
+    A single one that is left over in the end is not shown: it has neither statistics for a batch norm nor a spread.
+    """
+    first, before = 0, 1
     for batch in task.stream("train", seed):
         count = len(batch) if limit is None else min(len(batch), limit - first)
-        if count <= 0:
+        if count <= 0 or (count == 1 and before > 1):
             return
+        before = count
         inputs = as_tensors({name: array[:count] for name, array in batch.inputs.items()})
         yield first, inputs, as_tensor(batch.targets[:count])
         first += count

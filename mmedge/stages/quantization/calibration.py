@@ -21,6 +21,7 @@ from mmedge.progress import Progress
 from mmedge.stages.base import Context, as_tensors
 from mmedge.stages.quantization.operators import CONCAT, POOLING, RESHAPING
 from mmedge.stages.quantization.prepared import SMALLEST, Range, channel_axes, ranges_of, seen_by
+from mmedge.stages.quantization.settings import too_few
 from mmedge.task import Task
 from mmedge.tensors import Array
 
@@ -342,11 +343,7 @@ def _slices(task: Task, samples: int, size: int) -> Iterator[dict[str, Array]]:
         done += wanted
         if done == samples:
             return
-    raise StageError(
-        f"the calibration split has {done} samples, the recipe asks for {samples}",
-        where=f"task {task.name}: quantize.calibration.samples",
-        fix=f"set calibration.samples to {done} or less, or give the task more calibration data",
-    )
+    raise too_few(task, done, samples)
 
 
 class _Spread:

@@ -6,7 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from mmedge.errors import StageError
 from mmedge.stages.base import StageConfig
+from mmedge.task import Task
 
 
 class Calibration(StageConfig):
@@ -28,3 +30,25 @@ class Calibration(StageConfig):
     samples: int = Field(256, ge=1)
     observer: Literal["mse", "entropy", "percentile", "minmax"] = "mse"
     percentile: float = Field(99.99, gt=50, le=100)
+
+    def expect_samples(self, task: Task) -> None:
+        """Count the calibration split, as far as it is needed.
+
+        Raises:
+            StageError: it is too small.
+        """
+        count = 0
+        for batch in task.stream("calibration"):
+            count += len(batch)
+            if count >= self.samples:
+                return
+        raise too_few(task, count, self.samples)
+
+
+def too_few(task: Task, count: int, samples: int) -> StageError:
+    """What a calibration split of ``count`` samples is told that should have more."""
+    return StageError(
+        f"the calibration split has {count} samples, the recipe asks for {samples}",
+        where=f"task {task.name}: quantize.calibration.samples",
+        fix=f"set calibration.samples to {count} or less, or give the task more calibration data",
+    )

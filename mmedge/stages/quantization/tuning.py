@@ -260,8 +260,13 @@ def neural_compressor(reader: str) -> Iterator[None]:
         with quiet():
             yield
     except ModuleNotFoundError as err:
-        fix = needs_extra("neural-compressor-pt", "compress")
-        raise StageError(f"{reader} needs neural-compressor", where="quantize", fix=fix) from err
+        raise missing(reader) from err
+
+
+def missing(reader: str) -> StageError:
+    """What ``reader`` is told where neural-compressor is not installed."""
+    fix = needs_extra("neural-compressor-pt", "compress")
+    return StageError(f"{reader} needs neural-compressor", where="quantize", fix=fix)
 
 
 @contextmanager
