@@ -162,6 +162,17 @@ def test_two_limits_on_one_figure_of_the_last_stage_are_both_shown(strict_at: st
     assert page.count('<span class="badge fail">✗ 0.71') == page.count('<span class="badge pass">✓ 0.71') == 1
 
 
+def test_reformats_are_counted() -> None:
+    found = only(report(), "onnxruntime")
+    coverage = final(found).coverage
+    assert coverage is not None
+    coverage.reformats = ["a → b", "b → c", "c → d"]
+    found.gates = evaluate(GatesConfig(max_reformats=5), found)
+    found.verdict = verdict(found.gates)
+    assert "quantize max_reformats ≤ 5 ✓ 3" in [" ".join(line.split()) for line in shown(found, 140).splitlines()]
+    assert '<span class="badge pass">✓ 3</span>' in render(found)
+
+
 def test_a_modality_health_that_was_not_measured_is_shown_with_the_reason_and_fails_its_gate() -> None:
     found, why = only(report(), "onnxruntime"), "with image missing, the metric returned nan"
     for stage in found.stages:

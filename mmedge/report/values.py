@@ -217,6 +217,8 @@ def _gate_style(name: str, scale: Scale) -> tuple[Callable[[float], str], float,
         return digits, 1, "MiB"
     if "cosine" in name:
         return (lambda value: f"{value:.5f}"), 1, ""
+    if "reformats" in name:
+        return (lambda value: f"{value:.0f}"), 1, ""
     return (lambda value: f"{value:.2f}"), 1, "×"
 
 
