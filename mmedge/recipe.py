@@ -141,6 +141,11 @@ class Recipe(BaseModel):
             raise ValueError("a target is named twice")
         return targets
 
+    @property
+    def stage_names(self) -> list[str]:
+        """The unique name of every stage: a repeated one gets a number (``distill-2``)."""
+        return _numbered(kind for entry in self.stages for kind in entry)
+
     def as_json(self) -> dict[str, Any]:
         """The resolved recipe, defaults included."""
         return self.model_dump(mode="json", by_alias=True)
@@ -213,12 +218,12 @@ def plan(recipe: Recipe, where: str) -> tuple[PlannedStage, ...]:
         RecipeError: settings are wrong, or a stage cannot take what the one before gives.
     """
     form, giver, closed, planned = "float", "", "", []
-    kinds = [kind for entry in recipe.stages for kind in entry]
-    for index, (kind, name) in enumerate(zip(kinds, _numbered(kinds), strict=True)):
+    for index, (entry, name) in enumerate(zip(recipe.stages, recipe.stage_names, strict=True)):
+        ((kind, settings),) = entry.items()
         stage_class = plugins.load("stage", kind)
         place = f"{where}: stages[{index}].{kind}"
         try:
-            stage = stage_class(_validated(stage_class.Config, recipe.stages[index][kind]))
+            stage = stage_class(_validated(stage_class.Config, settings))
         except ValidationError as err:
             raise _explained(err, place, stage_class.Config) from err
         if closed:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mmedge import plugins
 from mmedge.artifact import Store, load_artifact
@@ -147,6 +148,16 @@ def test_an_int8_engine_that_is_no_faster_gives_way_to_its_twin(template: Path, 
     assert result.artifact == report.stages[0].results[-1].artifact
     assert "at least 1000.00x" in result.twin.reason
     assert result.parity == report.stages[0].results[-1].parity  # it is a float network that it is compared with
+
+
+def test_gates_of_a_line_that_stopped_judge_its_last_stage_by_its_own_name(run: Path) -> None:
+    """Not an earlier stage of the same kind."""
+    recipe = run / "recipe.yaml"
+    whole = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**whole, "stages": whole["stages"] * 2}))
+    report, _ = build_here(run, "onnxruntime", "mmedge build …", Progress())
+    assert [(gate.stage, gate.verdict) for gate in report.gates] == [("quantize-2", "not_measured")]
+    assert "did not reach stage 'quantize-2'" in report.gates[0].reason
 
 
 def test_a_device_compares_attention_that_runs_in_floating_point_with_such(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def _with_row(stage: Stage, row: Result | None, target: str) -> Stage:
 
 
 def judged(report: Report, gates: GatesConfig, last: str | None) -> Report:
-    """The report with its gates judged and its verdict, fit to be saved."""
+    """The report with its gates judged and its verdict, fit to be saved; ``last`` is the recipe's last stage."""
     found = evaluate(gates, report, last)
     return report.model_copy(update={"gates": found, "verdict": verdict(found)}).finite()
 
@@ -125,9 +125,7 @@ def build_here(
         found = _OnDevice(target=name, environment=environment(), rows=rows)
         (folder.path / "devices").mkdir(exist_ok=True)
         write_text(folder.path / "devices" / f"{place_name(name)}.json", found.model_dump_json(indent=2) + "\n")
-        stopped = len(report.stages) <= len(recipe.stages)  # the gates at the top judge the recipe's last stage
-        last = next(iter(recipe.stages[-1])) if stopped else None
-        whole = judged(with_devices(report, folder), recipe.gates, last)
+        whole = judged(with_devices(report, folder), recipe.gates, next(reversed(recipe.stage_names), None))
         whole.save(folder.report)
         folder.log("done", verdict=whole.verdict)
     return whole, folder
