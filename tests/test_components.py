@@ -19,7 +19,7 @@ from mmedge.errors import StageError, TaskError
 from mmedge.loading import check_declarations
 from mmedge.lower.cut import cut, specs_of
 from mmedge.lower.export import onnx_of
-from mmedge.pipeline.compress import Job, compress
+from mmedge.pipeline.compress import Job, compress, job_of
 from mmedge.pipeline.device import _Device, build_here
 from mmedge.pipeline.line import Line
 from mmedge.progress import Progress
@@ -188,6 +188,18 @@ def test_a_device_builds_and_measures_the_components_as_well(tmp_path) -> None:
             (part.name, part.artifact) for part in there.components
         ]
         assert all(part.parity.cosine > 0.99 and part.latency_ms for part in here.components)
+
+
+def test_components_are_timed_again_with_the_whole(tmp_path) -> None:
+    folder = tmp_path / "run"
+    before = run(folder, ["onnxruntime"], [])
+    here, _ = compress(job_of(folder, [], "mmedge profile …", "timing"), Progress())
+    there, _ = build_here(folder, "onnxruntime", "mmedge profile …", Progress(), again=True)
+    seen = [
+        part.latency_ms.mean for each in (before, here, there) for part in result_of(each, 0, "onnxruntime").components
+    ]
+    assert len(set(seen)) == 6  # two components, timed three times
+    assert len(list(folder.glob("artifacts/.replaced-timing-onnxruntime-components-*"))) == 2
 
 
 @pytest.fixture(scope="module")

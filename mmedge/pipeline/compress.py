@@ -233,10 +233,11 @@ class _Run:
                 break
         for step in self.steps:
             step.forget()
+        again = self.job.again == "timing"
         for use in self.uses:
             if use.elsewhere is None:
-                self.measured.time(use.target, self.steps, self.job.again == "timing")
-                self.measured.take_apart(use.target, self.steps)
+                self.measured.time(use.target, self.steps, again)
+                self.measured.take_apart(use.target, self.steps, again)
                 self._keep_so_far()
         report = judged(self._report([]), self.job.recipe.gates, self.planned[-1].name if self.planned else None)
         report.save(self.folder.report)

@@ -186,7 +186,7 @@ class _Device:
         last = self._parts(stages[-1], shipped[stages[-1].name]) if len(stages) > 1 else first
         if first is None or last is None:
             return {}
-        bench = Bench(self.store, self.recipe.profile, self._samples()[0], self.progress, why)
+        bench = Bench(self.store, self.recipe.profile, self._samples()[0], self.progress, why, self.again)
         results = bench.results(first, last)
         return {first.stage: results[0], last.stage: results[1]}
 

@@ -207,14 +207,17 @@ class Measurements:
         for piece in self._pieces() if any(target.lowering.format == "onnx" for target in targets) else ():
             self.line.part(step, piece)
 
-    def take_apart(self, target: Target, steps: Sequence[Step]) -> None:
-        """Build the task's components from the baseline and from the last network, and measure them side by side."""
+    def take_apart(self, target: Target, steps: Sequence[Step], again: bool) -> None:
+        """Build the task's components from the baseline and from the last network, and measure them side by side.
+
+        Arguments as of ``time``.
+        """
         if not self.line.task.components or target.lowering.format != "onnx":
             return
         first, last = (self.cells[step.name, target.name] for step in (steps[0], steps[-1]))
         for step in (first.step, last.step, last.step.float_ancestor()):
             self._lower_components(step, target)  # a device may ship another form of it, or its twin
-        bench = Bench(self.line.store, self.profile, self._samples(), self.line.progress, last.why_not)
+        bench = Bench(self.line.store, self.profile, self._samples(), self.line.progress, last.why_not, again)
         first.components, last.components = bench.results(self._parts(first), self._parts(last))
 
     def _parts(self, cell: Measured) -> Parts:
