@@ -15,12 +15,13 @@ from rich.console import Console
 from torch import nn
 
 from mmedge import plugins
-from mmedge.errors import StageError, TaskError
+from mmedge.errors import StageError, TaskError, UnsteadyError
 from mmedge.loading import check_declarations
 from mmedge.lower.cut import cut, specs_of
 from mmedge.lower.export import onnx_of
 from mmedge.pipeline.compress import Job, compress, job_of
 from mmedge.pipeline.device import _Device, build_here
+from mmedge.pipeline.engines import build_engine
 from mmedge.pipeline.line import Line
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe
@@ -200,6 +201,22 @@ def test_components_are_timed_again_with_the_whole(tmp_path) -> None:
     ]
     assert len(set(seen)) == 6  # two components, timed three times
     assert len(list(folder.glob("artifacts/.replaced-timing-onnxruntime-components-*"))) == 2
+
+
+def test_a_component_that_does_not_repeat_itself_costs_the_components_only(tmp_path, monkeypatch) -> None:
+    def unsteady(store, lowered, *others):
+        if "component" in lowered.about:
+            raise UnsteadyError("asked one sample three times the engine gave different answers")
+        return build_engine(store, lowered, *others)
+
+    for module in ("line", "device"):
+        monkeypatch.setattr(f"mmedge.pipeline.{module}.build_engine", unsteady)
+    before = run(tmp_path / "run", ["onnxruntime"], [])
+    report, _ = build_here(tmp_path / "run", "onnxruntime", "mmedge build …", Progress())
+    for each in (before, report):
+        result = result_of(each, 0, "onnxruntime")
+        assert result.latency_ms
+        assert result.components == []
 
 
 @pytest.fixture(scope="module")

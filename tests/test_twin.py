@@ -194,6 +194,22 @@ def test_an_engine_that_does_not_repeat_itself_is_not_shipped(steady, shipped, w
     assert why in settled.reason
 
 
+def test_a_twin_that_does_not_repeat_itself_is_not_compared_with() -> None:
+    unsteady = {"float fp32"}
+
+    def engine(step: Any, form: Any, versions: Any, released: tuple[str, ...] = ()) -> Any:
+        if f"{step.name} {form.name}" in unsteady:
+            raise UnsteadyError("asked one sample three times the engine gave different answers")
+        return numbered(step, form, versions, released)
+
+    forms = [stood_in("fp32"), stood_in("bf16")]
+    settled = settle(forms, engine, lambda step, engine: 1.0, lambda: {"int8 fp32": 0.5})
+    assert (settled.shipped, settled.twin.artifact.digest) == ("int8", "float bf16")
+    unsteady.add("float bf16")
+    with pytest.raises(UnsteadyError):
+        settle(forms, engine, lambda step, engine: 1.0, lambda: {})
+
+
 def stood_in(name: str = "fp32") -> Any:
     """A form of a target that runs attention in INT8."""
     return SimpleNamespace(name=name, lowering=Lowering(integer_attention=True), cannot_run=lambda: None)

@@ -16,7 +16,7 @@ import numpy as np
 
 from mmedge import plugins
 from mmedge.artifact import Artifact, Store, load_artifact, write_text
-from mmedge.errors import ArtifactError, UsageError
+from mmedge.errors import ArtifactError, UnsteadyError, UsageError
 from mmedge.pipeline.components import Bench, Parts
 from mmedge.pipeline.engines import build_engine, place_name
 from mmedge.pipeline.environment import cpu_name, environment
@@ -182,8 +182,12 @@ class _Device:
         self, stages: list[Stage], shipped: dict[str, _Shipped], why: str | None
     ) -> dict[str, list[ComponentResult]]:
         """Components of the first and of the last stage, where the task has any; by stage."""
-        first = self._parts(stages[0], shipped[stages[0].name])
-        last = self._parts(stages[-1], shipped[stages[-1].name]) if len(stages) > 1 else first
+        try:
+            first = self._parts(stages[0], shipped[stages[0].name])
+            last = self._parts(stages[-1], shipped[stages[-1].name]) if len(stages) > 1 else first
+        except UnsteadyError as err:
+            self.progress.say(f"components are not measured: {err}")
+            return {}
         if first is None or last is None:
             return {}
         bench = Bench(self.store, self.recipe.profile, self._samples()[0], self.progress, why, self.again)

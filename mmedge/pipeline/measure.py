@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mmedge.artifact import Artifact
+from mmedge.errors import UnsteadyError
 from mmedge.pipeline.components import Bench, Parts
 from mmedge.pipeline.environment import cpu_name
 from mmedge.pipeline.folder import FLOAT_ATTENTION, SAMPLES, processors
@@ -217,8 +218,13 @@ class Measurements:
         first, last = (self.cells[step.name, target.name] for step in (steps[0], steps[-1]))
         for step in (first.step, last.step, last.step.float_ancestor()):
             self._lower_components(step, target)  # a device may ship another form of it, or its twin
+        try:
+            parts = self._parts(first), self._parts(last)
+        except UnsteadyError as err:
+            self.line.progress.say(f"components are not measured: {err}")
+            return
         bench = Bench(self.line.store, self.profile, self._samples(), self.line.progress, last.why_not, again)
-        first.components, last.components = bench.results(self._parts(first), self._parts(last))
+        first.components, last.components = bench.results(*parts)
 
     def _parts(self, cell: Measured) -> Parts:
         made = cell.made

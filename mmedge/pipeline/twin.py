@@ -3,7 +3,7 @@ runtime, and within the accuracy budget. Otherwise groups of its layers go back 
 twin is shipped, and the report says so.
 
 The products of attention run in INT8 only where that is no slower and accurate enough: the engine is built both ways.
-An engine that answers one sample differently from time to time is left out.
+An engine that answers one sample differently from time to time is left out, a twin as well.
 
 An engine whose answers cannot be scored (NaN, infinity) is as one that loses everything, and one in which the runtime
 computes nothing in INT8 is none.
@@ -104,16 +104,20 @@ class TwinRule:
     value: Callable[[Step, Engine], float]
 
     def settle(self, step: Step, target: Target, versions: Mapping[str, str]) -> Settled:
-        """Decide what is shipped of ``step``, a Q/DQ network, on ``target``."""
+        """Decide what is shipped of ``step``, a Q/DQ network, on ``target``.
+
+        Raises:
+            UnsteadyError: no twin gives one answer to one sample.
+        """
         parent = step.float_ancestor()
         if target.lowering.weight_bits == 7:
             cause = "products of 8-bit ones overflow on processors without VNNI"
             self.line.progress.say(f"{step.name} on {target.name}: weights keep 7 bits: {cause}")
         forms = target.forms()
         if why := target.cannot_run():
-            unjudged = [self._int8(step, form, versions) for form in forms]
+            unjudged = [self._engine(step, form, versions) for form in forms]
             return Settled(unjudged[-1], None, "int8", f"not compared with a higher precision: {why}")
-        twins = [Engine(self.line.engine(parent, form, versions), form, parent) for form in forms]
+        twins = self._steady(parent, forms, versions) or [self._engine(parent, target, versions)]  # which says why
         whole = self._steady(step, forms, versions)
         both_ways = [form for form in forms if step.attention and form.lowering.integer_attention]
         plain = self._steady(step, both_ways, versions, step.attention)
@@ -143,19 +147,19 @@ class TwinRule:
             search = replace(search, int8=nearest, gain="more accurate" if whole else STEADY)
         return search
 
-    def _int8(self, step: Step, form: Target, versions: Mapping[str, str], released: tuple[str, ...] = ()) -> Engine:
+    def _engine(self, step: Step, form: Target, versions: Mapping[str, str], released: tuple[str, ...] = ()) -> Engine:
         return Engine(self.line.engine(step, form, versions, released), form, step, released)
 
     def _steady(
         self, step: Step, forms: Sequence[Target], versions: Mapping[str, str], released: tuple[str, ...] = ()
     ) -> list[Engine]:
-        """The INT8 engines, one for each form, that give one answer to one sample: another is never shipped."""
+        """The engines, one for each form, that give one answer to one sample: another is never shipped."""
         found = []
         for form in forms:
             try:
-                found.append(self._int8(step, form, versions, released))
+                found.append(self._engine(step, form, versions, released))
             except UnsteadyError as err:
-                self.line.progress.say(f"{step.name}: an INT8 engine is left out: {err}")
+                self.line.progress.say(f"{step.name}: an engine is left out: {err}")
         return found
 
     def _times(self, engines: Sequence[Engine]) -> dict[str, float]:
