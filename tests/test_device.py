@@ -16,13 +16,13 @@ from mmedge import plugins
 from mmedge.artifact import Store, load_artifact
 from mmedge.errors import ArtifactError, TargetError, UsageError
 from mmedge.pipeline.compress import Job, compress
-from mmedge.pipeline.device import build_here, holds, with_devices
+from mmedge.pipeline.device import _Device, build_here, holds, with_devices
 from mmedge.pipeline.engines import build_engine
 from mmedge.pipeline.environment import environment
 from mmedge.pipeline.folder import RunFolder
 from mmedge.pipeline.measure import TIMED_SAMPLES
 from mmedge.progress import Progress
-from mmedge.recipe import Recipe
+from mmedge.recipe import Recipe, load_recipe
 from mmedge.report.gates import GatesConfig, evaluate
 from mmedge.report.html import render
 from mmedge.report.model import Parts, Report
@@ -76,6 +76,28 @@ def workstation(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def run(workstation: Path, tmp_path: Path) -> Path:
     """The run, copied to the device."""
     return shutil.copytree(workstation, tmp_path / "copied")
+
+
+def change(run: Path, **recipe: object) -> None:
+    """Change the recipe of a run."""
+    path = run / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **recipe}))
+
+
+def copied(artifact: Path, end: str, **manifest: object) -> Path:
+    """The same artifact under a longer name, with another manifest."""
+    copy = shutil.copytree(artifact, artifact.with_name(artifact.name + end))
+    text = copy / "manifest.json"
+    text.write_text(json.dumps({**json.loads(text.read_text()), **manifest}))
+    return copy
+
+
+def on(run: Path) -> _Device:
+    """A run on a device, for ONNX Runtime."""
+    folder = RunFolder(run)
+    report, recipe, target = Report.load(run), load_recipe(folder.recipe), plugins.target("onnxruntime")
+    store = Store(folder.artifacts, "mmedge build …", print)
+    return _Device(folder, report, recipe, target, target.check(), store, Progress(), False)
 
 
 def on_device(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -150,11 +172,27 @@ def test_an_int8_engine_that_is_no_faster_gives_way_to_its_twin(template: Path, 
     assert result.parity == report.stages[0].results[-1].parity  # it is a float network that it is compared with
 
 
+def test_of_several_graphs_the_newest_for_the_recipes_batch_is_built(run: Path) -> None:
+    """A run may hold graphs for another batch, what an earlier mmedge made, and other stages of the same network."""
+    (lowered,) = run.glob("artifacts/baseline-onnxruntime-lowered-*")
+    (samples,) = run.glob("artifacts/baseline-samples-*")
+    batch = {"min": 1, "opt": 1, "max": 1}
+    inputs = load_artifact(lowered).manifest.inputs
+    for made in (lowered, samples):
+        copied(made, "z", created="2000-01-01T00:00:00Z")
+        copied(made, "y", created="2100-01-01T00:00:00Z", name=made.name.replace("baseline", "fp16").rpartition("-")[0])
+    other = copied(lowered, "zz", created="2100-01-01T00:00:00Z", inputs={**inputs, "batch": batch})
+    baseline = Report.load(run).stages[0]
+    device = on(run)
+    assert device._lowered(baseline)["fp32"].path == lowered
+    assert device._kept(baseline).path == samples
+    change(run, export={"batch": batch})
+    assert on(run)._lowered(baseline)["fp32"].path == other
+
+
 def test_gates_of_a_line_that_stopped_judge_its_last_stage_by_its_own_name(run: Path) -> None:
     """Not an earlier stage of the same kind."""
-    recipe = run / "recipe.yaml"
-    whole = yaml.safe_load(recipe.read_text())
-    recipe.write_text(yaml.safe_dump({**whole, "stages": whole["stages"] * 2}))
+    change(run, stages=[{"quantize": {}}, {"quantize": {}}])
     report, _ = build_here(run, "onnxruntime", "mmedge build …", Progress())
     assert [(gate.stage, gate.verdict) for gate in report.gates] == [("quantize-2", "not_measured")]
     assert "did not reach stage 'quantize-2'" in report.gates[0].reason

@@ -152,10 +152,10 @@ class _Device:
     store: Store
     progress: Progress
     again: bool
-    known: dict[str, list[Artifact]] = field(default_factory=dict)  # by the digest of what they were made from
+    known: dict[str, list[Artifact]] = field(default_factory=dict)  # by what they were made from, the newest last
 
     def __post_init__(self) -> None:
-        for artifact in _artifacts(self.folder):
+        for artifact in sorted(_artifacts(self.folder), key=_created):
             if artifact.manifest.parent:
                 self.known.setdefault(artifact.manifest.parent, []).append(artifact)
 
@@ -194,22 +194,33 @@ class _Device:
         results = bench.results(first, last)
         return {first.stage: results[0], last.stage: results[1]}
 
-    def _lowered(self, stage: Stage) -> dict[str, Artifact]:
-        """Whole lowered graphs of a stage for this target by precision, those with released layers left out."""
-        portable = [each for each in self.known.get(stage.digest, ()) if each.manifest.kind == "onnx"]
-        found = [each for one in portable for each in self.known.get(one.digest, ())]
+    def _graphs(self, *sources: Stage | Artifact) -> list[Artifact]:
+        """Graphs that were made from the networks of stages or from other graphs; the newest last."""
+        found = [each for source in sources for each in self.known.get(source.digest, ())]
+        return sorted((each for each in found if each.manifest.kind == "onnx"), key=_created)
+
+    def _lowered_from(self, stage: Stage, *portable: Artifact) -> list[Artifact]:
+        """What was lowered of a stage for this target without released layers, for the recipe's batch if anything was.
+
+        A run may hold more: neither its batch nor the mmedge that lowers is part of its identity. And ``fp16`` shares
+        the graph of the stage before.
+        """
+        name = place_name(f"{stage.name}-{self.target.name}")
+        found = [each for each in self._graphs(*portable) if each.manifest.name.startswith(f"{name}-")]
         mine = [each for each in found if each.about.get("target") == self.target.name]
-        return {each.about["precision"]: each for each in mine if not each.manifest.inputs["released"]}
+        whole = [each for each in mine if not each.manifest.inputs["released"]]
+        batch = self.recipe.export.batch.model_dump()
+        return [each for each in whole if each.manifest.inputs["batch"] == batch] or whole
+
+    def _lowered(self, stage: Stage) -> dict[str, Artifact]:
+        """Whole lowered graphs of a stage for this target by precision."""
+        return {each.about["precision"]: each for each in self._lowered_from(stage, *self._graphs(stage))}
 
     def _lowered_parts(self, stage: Stage) -> dict[str, dict[str, Artifact]]:
-        """Lowered graphs of a stage's components by component and precision, those with released layers left out."""
-        portable = [each for each in self.known.get(stage.digest, ()) if each.manifest.kind == "onnx"]
-        parts = [each for whole in portable for each in self.known.get(whole.digest, ())]
+        """Lowered graphs of a stage's components by component and precision."""
         found: dict[str, dict[str, Artifact]] = {}
-        for each in (lowered for part in parts for lowered in self.known.get(part.digest, ())):
-            mine = each.about.get("target") == self.target.name and "component" in each.about
-            if mine and not each.manifest.inputs["released"]:
-                found.setdefault(each.about["component"], {})[each.about["precision"]] = each
+        for each in self._lowered_from(stage, *self._graphs(*self._graphs(stage))):
+            found.setdefault(each.about["component"], {})[each.about["precision"]] = each
         return found
 
     def _parts(self, stage: Stage, own: _Shipped) -> Parts | None:
@@ -377,6 +388,10 @@ class _Shipped:
     twin_precision: str | None = None
     shipped: str | None = None
     reason: str = ""
+
+
+def _created(artifact: Artifact) -> str:
+    return artifact.manifest.created
 
 
 def _arrays(path: Path) -> dict[str, Array]:
