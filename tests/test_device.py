@@ -218,6 +218,22 @@ def test_what_a_device_measured_stays_when_the_workstation_goes_on(template: Pat
     assert {each.target for each in report.deferred} == {JETSON}
 
 
+def test_a_network_that_no_device_has_built_is_still_to_be_built(run: Path) -> None:
+    """As after a gate let the line go on, or another PyTorch trained other weights."""
+    report = Report.load(run)
+    baseline, quantize = report.stages
+    (run / "devices").mkdir()
+    for target in (JETSON, RTX):
+        row = baseline.results[0].model_copy(update={"target": target}).model_dump()
+        found = {"target": target, "environment": environment().model_dump()}
+        found["rows"] = [{"digest": baseline.digest, "result": row}]
+        (run / "devices" / f"{target}.json").write_text(json.dumps(found))
+    whole = with_devices(report, RunFolder(run))
+    assert {each.stage for each in whole.deferred if each.target == JETSON} == {"quantize"}
+    assert [row.target for row in whole.stages[0].results] == ["onnxruntime", JETSON, RTX]
+    assert whole.stages[1].results == quantize.results  # of RTX as well: it says that it was built and not run
+
+
 def test_a_damaged_file_of_a_device_is_said_to_be(run: Path) -> None:
     (run / "devices").mkdir()
     row = {"digest": Report.load(run).stages[0].digest}

@@ -52,6 +52,8 @@ class _OnDevice(Part):
 def with_devices(report: Report, folder: RunFolder) -> Report:
     """The report with what was measured on devices: rows of the same networks, in the place of what was deferred.
 
+    Other networks stay as they are, but for what was timed here: it is another machine's.
+
     Raises:
         ArtifactError: a file of ``devices/`` is damaged.
     """
@@ -60,17 +62,21 @@ def with_devices(report: Report, folder: RunFolder) -> Report:
     for file in sorted((folder.path / "devices").glob("*.json")):
         found = read_json(file, _OnDevice, "move it away, and make it anew on the device: `mmedge build`")
         rows = {row.digest: row.result for row in found.rows}
-        if not any(stage.digest in rows for stage in stages):
+        built = {stage.name for stage in stages if stage.digest in rows}
+        if not built:
             continue  # the run has other networks by now
         devices[found.target] = found.environment
-        deferred = [each for each in deferred if each.target != found.target]
+        deferred = [each for each in deferred if each.target != found.target or each.stage not in built]
         stages = [_with_row(stage, rows.get(stage.digest), found.target) for stage in stages]
     return report.model_copy(update={"stages": stages, "deferred": deferred, "devices": devices})
 
 
 def _with_row(stage: Stage, row: Result | None, target: str) -> Stage:
-    others = [result for result in stage.results if result.target != target]
-    return stage.model_copy(update={"results": others if row is None else [*others, row]})
+    if row is None:
+        others = [result for result in stage.results if result.target != target or result.latency_ms is None]
+    else:
+        others = [*(result for result in stage.results if result.target != target), row]
+    return stage.model_copy(update={"results": others})
 
 
 def judged(report: Report, gates: GatesConfig, last: str | None) -> Report:
