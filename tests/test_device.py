@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from mmedge import plugins
 from mmedge.artifact import Store, load_artifact
 from mmedge.errors import ArtifactError, TargetError, UsageError
 from mmedge.pipeline.compress import Job, compress
-from mmedge.pipeline.device import _Device, build_here, holds, with_devices
+from mmedge.pipeline.device import _Device, _Shipped, build_here, holds, with_devices
 from mmedge.pipeline.engines import build_engine
 from mmedge.pipeline.environment import environment
 from mmedge.pipeline.folder import RunFolder
@@ -196,6 +197,19 @@ def test_gates_of_a_line_that_stopped_judge_its_last_stage_by_its_own_name(run: 
     report, _ = build_here(run, "onnxruntime", "mmedge build …", Progress())
     assert [(gate.stage, gate.verdict) for gate in report.gates] == [("quantize-2", "not_measured")]
     assert "did not reach stage 'quantize-2'" in report.gates[0].reason
+
+
+def test_engines_are_timed_anew_beside_another_twin(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its speed over the old one is not that over the new one."""
+    device = on(run)
+    stages = device.report.stages
+    baseline, quantize = (device._engines(stage)["fp32"] for stage in stages)
+    calls: list[object] = []
+    monkeypatch.setattr("mmedge.pipeline.device.timings", lambda *args: {"time": calls.append(args) or len(calls)})
+    shipped = {"baseline": _Shipped(baseline, "fp32"), "quantize": _Shipped(quantize, "fp32", baseline, "fp32", "int8")}
+    assert [device._timings(stages, shipped)["time"] for _ in range(2)] == [1, 1]
+    other = dataclasses.replace(shipped["quantize"], twin=quantize)
+    assert device._timings(stages, {**shipped, "quantize": other})["time"] == 2
 
 
 def test_a_device_compares_attention_that_runs_in_floating_point_with_such(tmp_path: Path) -> None:

@@ -308,6 +308,7 @@ class _Device:
         ]
         inputs = {
             "engines": [each.engine.digest for each in engines],
+            "twins": [each.twin.digest for each in engines if each.twin],
             "profile": self.recipe.profile.timing,
             "machine": [cpu_name(), self.versions],
             "turn": [SETTLE, TURN],
