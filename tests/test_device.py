@@ -199,6 +199,21 @@ def test_gates_of_a_line_that_stopped_judge_its_last_stage_by_its_own_name(run: 
     assert "did not reach stage 'quantize-2'" in report.gates[0].reason
 
 
+def test_what_follows_quantize_is_int8_on_a_device_too(template: Path, tmp_path: Path) -> None:
+    """What trains it, and what makes the rest float16, for which this target has no form."""
+    stages = [
+        {"quantize": {"calibration": {"samples": 32}}},
+        {"distill": {"student": "current", "samples": 64, "epochs": 1, "features": 0.0}},
+        {"fp16": {"samples": 32}},
+    ]
+    here, _ = compress(job(template, tmp_path / "run", "onnxruntime", stages=stages), Progress())
+    there, _ = build_here(tmp_path / "run", "onnxruntime", "mmedge build …", Progress())
+    for before, after in zip(here.stages[1:], there.stages[1:], strict=True):
+        (expected,), (row,) = before.results, after.results
+        assert (row.artifact, row.precision, row.int8_coverage) == (expected.artifact, "int8", 1.0)
+        assert (row.twin.precision, row.twin.shipped) == ("fp32", "int8")
+
+
 def test_engines_are_timed_anew_beside_another_twin(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its speed over the old one is not that over the new one."""
     device = on(run)

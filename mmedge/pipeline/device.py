@@ -238,36 +238,40 @@ class _Device:
         if any(own.precision not in graphs for graphs in lowered.values()):
             self.progress.say(f"{stage.name}: its components were lowered before {own.precision} was one of the forms")
             return None
-        form = next(form for form in self.target.forms() if form.float_name == own.precision)
+        form = self._forms[own.precision]
         engines = {
             name: build_engine(self.store, graphs[own.precision], form, self.versions, self.progress)
             for name, graphs in sorted(lowered.items())
         }
         return Parts(stage.name, form, engines, lambda: self._samples(source)[1], self._kept(source).digest)
 
+    @property
+    def _forms(self) -> dict[str, Target]:
+        """What builds engines, by precision. Any form builds float16 that is written into the graph: see ``fp16``."""
+        forms: dict[str, Target] = {form.float_name: form for form in self.target.forms()}
+        return {**forms, "fp16": forms.get("fp16", self.target)}
+
     def _engines(self, stage: Stage) -> dict[str, Artifact]:
         """By precision of what is not INT8, in the order of the target's forms."""
         lowered = self._lowered(stage)
         built: dict[str, Artifact] = {}
-        for form in self.target.forms():
-            if form.float_name in lowered:
-                self.progress.say(f"{stage.name}: building for {self.target.name}, {form.float_name}")
-                graph = lowered[form.float_name]
-                built[form.float_name] = build_engine(self.store, graph, form, self.versions, self.progress)
+        for precision, form in self._forms.items():
+            if precision in lowered:
+                self.progress.say(f"{stage.name}: building for {self.target.name}, {precision}")
+                built[precision] = build_engine(self.store, lowered[precision], form, self.versions, self.progress)
         return built
 
     def _ship(self, stage: Stage, engines: dict[str, dict[str, Artifact]], why: str | None) -> _Shipped:
         """The engine of a stage; of an INT8 network the faster of it and its higher-precision twin."""
-        own = engines[stage.name]
-        parent = self._float_parent(stage)
-        if stage.quantization is None or parent is None:
+        own, parent = engines[stage.name], self._float_ancestor(stage)
+        if parent is stage:
             first = next(iter(own))
             return _Shipped(own[first], first)
         if why:
             last = list(own)[-1]
             return _Shipped(own[last], last, shipped="int8", reason=f"not compared with a higher precision: {why}")
         whole = {f"int8 {name}": artifact for name, artifact in own.items()}
-        twins = dict(engines[parent.name])
+        twins = engines[parent.name]
         times = self._quick({**twins, **whole})
         twin, int8 = min(twins, key=times.__getitem__), min(whole, key=times.__getitem__)
         gain, least = times[twin] / times[int8], self.recipe.twin.min_speedup
@@ -277,16 +281,18 @@ class _Device:
         told += "; groups of layers are given back to floating point on a workstation only"
         return _Shipped(twins[twin], twin, twins[twin], twin, "twin", told)
 
-    def _float_parent(self, stage: Stage) -> Stage | None:
+    def _float_ancestor(self, stage: Stage) -> Stage:
+        """The latest network before this one, or this one, that is in floating point: ``quantize`` and on none is."""
         by_name = {each.name: each for each in self.report.stages}
-        current: Stage | None = stage
-        while current is not None and (current is stage or current.quantization is not None):
-            current = by_name.get(current.parent or "")
-        return current
+        line = [stage]
+        while parent := line[-1].parent:
+            line.append(by_name[parent])
+        first = max((number for number, each in enumerate(line) if each.quantization), default=-1)
+        return line[first + 1]
 
     def _made_from(self, stage: Stage, own: _Shipped) -> Stage:
         """Whose network is shipped: a twin's is an earlier stage's."""
-        return (self._float_parent(stage) if own.shipped == "twin" else None) or stage
+        return self._float_ancestor(stage) if own.shipped == "twin" else stage
 
     def _quick(self, engines: dict[str, Artifact]) -> dict[str, float]:
         """Time relative to the first engine."""
