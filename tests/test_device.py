@@ -17,7 +17,7 @@ from mmedge import plugins
 from mmedge.artifact import Store, load_artifact
 from mmedge.errors import ArtifactError, TargetError, UsageError
 from mmedge.pipeline.compress import Job, compress
-from mmedge.pipeline.device import _Device, _Shipped, build_here, holds, with_devices
+from mmedge.pipeline.device import LOST, _Device, _Shipped, build_here, holds, with_devices
 from mmedge.pipeline.engines import build_engine
 from mmedge.pipeline.environment import environment
 from mmedge.pipeline.folder import RunFolder
@@ -29,6 +29,7 @@ from mmedge.report.html import render
 from mmedge.report.model import Parts, Report
 
 READER = Path(__file__).with_name("reader_task.py")
+FRAGILE = Path(__file__).with_name("fragile_task.py")
 RTX = "rtx-4090"
 JETSON = "jetson-agx-orin"
 # A process without the workstation's packages: what is None in sys.modules cannot be imported.
@@ -189,6 +190,22 @@ def test_of_several_graphs_the_newest_for_the_recipes_batch_is_built(run: Path) 
     assert device._kept(baseline).path == samples
     change(run, export={"batch": batch})
     assert on(run)._lowered(baseline)["fp32"].path == other
+
+
+def test_int8_that_cost_the_workstation_too_much_accuracy_is_not_shipped(tmp_path: Path) -> None:
+    changes = {
+        "stages": [{"quantize": {"calibration": {"samples": 128, "observer": "minmax"}}}],
+        "twin": {"min_speedup": 0, "max_drop": 0.02, "queries": 64},
+    }
+    report, _ = compress(job(FRAGILE, tmp_path / "run", "onnxruntime", **changes), Progress())
+    here = report.stages[-1].results[0].twin
+    assert (here.shipped, list(here.backed_off)) == ("mixed", ["fragile.0"])
+    for _ in range(2):  # at first there is the workstation's row, and then the device's
+        report, _ = build_here(tmp_path / "run", "onnxruntime", "mmedge build …", Progress())
+        baseline, quantize = (stage.results[-1] for stage in report.stages)
+        assert (quantize.precision, quantize.twin.shipped, quantize.artifact) == ("fp32", "twin", baseline.artifact)
+        assert quantize.twin.reason == f"{LOST} (shipped there: mixed, {here.reason})"
+        assert quantize.twin.backed_off == here.backed_off
 
 
 def test_gates_of_a_line_that_stopped_judge_its_last_stage_by_its_own_name(run: Path) -> None:

@@ -21,18 +21,19 @@ from mmedge.pipeline.components import Bench, Parts
 from mmedge.pipeline.engines import build_engine, place_name
 from mmedge.pipeline.environment import cpu_name, environment
 from mmedge.pipeline.folder import FLOAT_ATTENTION, SAMPLES, RunFolder, open_run, processors, read_json
-from mmedge.pipeline.rows import NO_RAILS, Timed, coverage_fields, fraction, timing_json, timings
+from mmedge.pipeline.rows import NO_RAILS, Timed, coverage_fields, fraction, lost_accuracy, timing_json, timings
 from mmedge.profile.accuracy import parity
 from mmedge.profile.latency import EngineRef, interleaved
 from mmedge.profile.worker import SETTLE, TURN
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe, load_recipe
 from mmedge.report.gates import GatesConfig, evaluate
-from mmedge.report.model import ComponentResult, Environment, Part, Report, Result, Stage
+from mmedge.report.model import ComponentResult, Environment, Part, Report, Result, Stage, Twin
 from mmedge.report.verdict import verdict
 from mmedge.targets.base import Target
 from mmedge.tensors import Array
 
+LOST = "INT8 throughout was not accurate enough on the workstation"
 NO_DATA = "the test data stays on the workstation; add a CPU target there for the accuracy"
 
 
@@ -262,16 +263,24 @@ class _Device:
         return built
 
     def _ship(self, stage: Stage, engines: dict[str, dict[str, Artifact]], why: str | None) -> _Shipped:
-        """The engine of a stage; of an INT8 network the faster of it and its higher-precision twin."""
+        """The engine of a stage; of an INT8 network the faster of it and its higher-precision twin.
+
+        The twin where INT8 cost the workstation too much accuracy: here is no data to find out what may stay INT8.
+        """
         own, parent = engines[stage.name], self._float_ancestor(stage)
         if parent is stage:
             first = next(iter(own))
             return _Shipped(own[first], first)
+        twins = engines[parent.name]
+        if found := self._lost(stage):
+            twin = list(twins)[-1] if why else self._fastest(twins)
+            again = found.reason.startswith(LOST)  # a row of this device has taken the place of the workstation's
+            told = found.reason if again else f"{LOST} (shipped there: {found.shipped}, {found.reason})"
+            return _Shipped(twins[twin], twin, twins[twin], twin, "twin", told, found.backed_off)
         if why:
             last = list(own)[-1]
             return _Shipped(own[last], last, shipped="int8", reason=f"not compared with a higher precision: {why}")
         whole = {f"int8 {name}": artifact for name, artifact in own.items()}
-        twins = engines[parent.name]
         times = self._quick({**twins, **whole})
         twin, int8 = min(twins, key=times.__getitem__), min(whole, key=times.__getitem__)
         gain, least = times[twin] / times[int8], self.recipe.twin.min_speedup
@@ -280,6 +289,11 @@ class _Device:
             return _Shipped(whole[int8], int8.removeprefix("int8 "), twins[twin], twin, "int8", told)
         told += "; groups of layers are given back to floating point on a workstation only"
         return _Shipped(twins[twin], twin, twins[twin], twin, "twin", told)
+
+    def _lost(self, stage: Stage) -> Twin | None:
+        """What the twin rule found for this target on the workstation, where that INT8 is not accurate enough."""
+        rows = [row.twin for row in stage.results if row.target == self.target.name and row.twin]
+        return next((twin for twin in rows if lost_accuracy(twin)), None)
 
     def _float_ancestor(self, stage: Stage) -> Stage:
         """The latest network before this one, or this one, that is in floating point: ``quantize`` and on none is."""
@@ -293,6 +307,10 @@ class _Device:
     def _made_from(self, stage: Stage, own: _Shipped) -> Stage:
         """Whose network is shipped: a twin's is an earlier stage's."""
         return self._float_ancestor(stage) if own.shipped == "twin" else stage
+
+    def _fastest(self, engines: dict[str, Artifact]) -> str:
+        times = self._quick(engines) if len(engines) > 1 else dict.fromkeys(engines, 1.0)
+        return min(engines, key=times.__getitem__)
 
     def _quick(self, engines: dict[str, Artifact]) -> dict[str, float]:
         """Time relative to the first engine."""
@@ -386,7 +404,7 @@ class _Device:
             "speedup": ratio["value"] if ratio else None,
             "ci95": ratio["ci95"] if ratio else None,
             "shipped": own.shipped,
-            "backed_off": {},
+            "backed_off": own.backed_off,
             "reason": own.reason,
         }
 
@@ -401,6 +419,7 @@ class _Shipped:
     twin_precision: str | None = None
     shipped: str | None = None
     reason: str = ""
+    backed_off: dict[str, str] = field(default_factory=dict)
 
 
 def _created(artifact: Artifact) -> str:

@@ -12,12 +12,15 @@ from mmedge.pipeline.folder import processors
 from mmedge.profile.latency import EngineRef, interleaved, peak_memory_mib
 from mmedge.progress import Progress
 from mmedge.recipe import ProfileConfig
+from mmedge.report.model import Twin
 from mmedge.tensors import Arrays
 
 LARGE_ENGINE = 512 << 20  # bytes
 NO_RAILS = "this machine has no power rails to read"
 NOT_YET = "not measured yet"
 FIRST = "the first stage has none before it"
+FOR_ACCURACY = "accuracy: "  # begins the reason why a group of layers went back to floating point
+MORE_ACCURATE = "more accurate"  # with attention in floating point
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,11 @@ def coverage_fields(coverage: Mapping[str, Any] | None, reasons: dict[str, str])
     if coverage is None:
         reasons["coverage"] = reasons["int8_coverage"]
     return {"int8_coverage": found, "coverage": coverage}
+
+
+def lost_accuracy(twin: Twin) -> bool:
+    """Whether the twin rule found INT8 throughout not accurate enough, whatever it shipped then."""
+    return MORE_ACCURATE in twin.reason or any(why.startswith(FOR_ACCURACY) for why in twin.backed_off.values())
 
 
 def fraction(coverage: Mapping[str, Any] | None) -> float | None:

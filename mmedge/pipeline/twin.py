@@ -24,7 +24,7 @@ from mmedge.artifact import Artifact
 from mmedge.errors import TargetError, TaskError, UnsteadyError
 from mmedge.pipeline.environment import cpu_name
 from mmedge.pipeline.line import Line, Step
-from mmedge.pipeline.rows import fraction
+from mmedge.pipeline.rows import FOR_ACCURACY, MORE_ACCURATE, fraction
 from mmedge.profile.latency import EngineRef, interleaved
 from mmedge.profile.worker import SETTLE, TURN
 from mmedge.recipe import TwinConfig
@@ -144,7 +144,7 @@ class TwinRule:
             left.remove(search.int8)
             left = [engine for engine in left if search.speedup(engine, times) >= self.rule.min_speedup]
             nearest = fastest(left or plain or whole, times, WORTH_IT)
-            search = replace(search, int8=nearest, gain="more accurate" if whole else STEADY)
+            search = replace(search, int8=nearest, gain=MORE_ACCURATE if whole else STEADY)
         return search
 
     def _engine(self, step: Step, form: Target, versions: Mapping[str, str], released: tuple[str, ...] = ()) -> Engine:
@@ -299,7 +299,7 @@ class _Search:
                 self._say(f"{len(given)} of {len(order)} groups in floating point for accuracy: {told}")
             count *= 2
         damage = {group: root_percent(self.step.damage.get(group, 0.0)) for group in given}
-        said = "accuracy: rounding it alone changes the outputs by {} of their standard deviation"
+        said = FOR_ACCURACY + "rounding it alone changes the outputs by {} of their standard deviation"
         return engine, {group: said.format(percent) for group, percent in damage.items()}
 
     def _repair_speed(self, engine: Engine, given_back: dict[str, str]) -> tuple[Engine, dict[str, str]]:
