@@ -9,19 +9,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from mmedge import plugins
-from mmedge.artifact import Store, load_artifact
-from mmedge.errors import ArtifactError, TargetError, UsageError
+from mmedge.artifact import Artifact, Store, load_artifact
+from mmedge.errors import ArtifactError, TargetError, UnsteadyError, UsageError
 from mmedge.pipeline.compress import Job, compress
 from mmedge.pipeline.device import LOST, _Device, _Shipped, build_here, holds, with_devices
 from mmedge.pipeline.engines import build_engine
 from mmedge.pipeline.environment import environment
 from mmedge.pipeline.folder import RunFolder
 from mmedge.pipeline.measure import TIMED_SAMPLES
+from mmedge.pipeline.rows import UNSTEADY
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe, load_recipe
 from mmedge.report.gates import GatesConfig, evaluate
@@ -206,6 +208,24 @@ def test_int8_that_cost_the_workstation_too_much_accuracy_is_not_shipped(tmp_pat
         assert (quantize.precision, quantize.twin.shipped, quantize.artifact) == ("fp32", "twin", baseline.artifact)
         assert quantize.twin.reason == f"{LOST} (shipped there: mixed, {here.reason})"
         assert quantize.twin.backed_off == here.backed_off
+
+
+def test_a_device_ships_no_engine_that_does_not_repeat_itself(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unsteady = {"quantize-onnxruntime-lowered"}
+
+    def building(store: Store, lowered: Artifact, *others: Any) -> Artifact:
+        if lowered.manifest.name in unsteady:
+            raise UnsteadyError("asked one sample three times the engine gave different answers")
+        return build_engine(store, lowered, *others)
+
+    monkeypatch.setattr("mmedge.pipeline.device.build_engine", building)
+    report, _ = build_here(run, "onnxruntime", "mmedge build …", Progress())
+    baseline, quantize = (stage.results[-1] for stage in report.stages)
+    assert (quantize.artifact, quantize.twin.shipped) == (baseline.artifact, "twin")
+    assert quantize.twin.reason == UNSTEADY
+    unsteady.add("baseline-onnxruntime-lowered")
+    with pytest.raises(UnsteadyError):
+        build_here(run, "onnxruntime", "mmedge build …", Progress())
 
 
 def test_gates_of_a_line_that_stopped_judge_its_last_stage_by_its_own_name(run: Path) -> None:

@@ -21,14 +21,23 @@ from mmedge.pipeline.components import Bench, Parts
 from mmedge.pipeline.engines import build_engine, place_name
 from mmedge.pipeline.environment import cpu_name, environment
 from mmedge.pipeline.folder import FLOAT_ATTENTION, SAMPLES, RunFolder, open_run, processors, read_json
-from mmedge.pipeline.rows import NO_RAILS, Timed, coverage_fields, fraction, lost_accuracy, timing_json, timings
+from mmedge.pipeline.rows import (
+    NO_RAILS,
+    UNSTEADY,
+    Timed,
+    coverage_fields,
+    fraction,
+    lost_accuracy,
+    timing_json,
+    timings,
+)
 from mmedge.profile.accuracy import parity
 from mmedge.profile.latency import EngineRef, interleaved
 from mmedge.profile.worker import SETTLE, TURN
 from mmedge.progress import Progress
 from mmedge.recipe import Recipe, load_recipe
 from mmedge.report.gates import GatesConfig, evaluate
-from mmedge.report.model import ComponentResult, Environment, Part, Report, Result, Stage, Twin
+from mmedge.report.model import ComponentResult, Environment, Part, Report, Result, Stage
 from mmedge.report.verdict import verdict
 from mmedge.targets.base import Target
 from mmedge.tensors import Array
@@ -253,30 +262,40 @@ class _Device:
         return {**forms, "fp16": forms.get("fp16", self.target)}
 
     def _engines(self, stage: Stage) -> dict[str, Artifact]:
-        """By precision of what is not INT8, in the order of the target's forms."""
+        """By precision of what is not INT8, in the order of the target's forms; of INT8 there may be none.
+
+        Raises:
+            UnsteadyError: no engine of a network in floating point gives one answer to one sample.
+        """
         lowered = self._lowered(stage)
         built: dict[str, Artifact] = {}
-        for precision, form in self._forms.items():
-            if precision in lowered:
-                self.progress.say(f"{stage.name}: building for {self.target.name}, {precision}")
-                built[precision] = build_engine(self.store, lowered[precision], form, self.versions, self.progress)
+        unsteady: UnsteadyError | None = None
+        for precision in [each for each in self._forms if each in lowered]:
+            self.progress.say(f"{stage.name}: building for {self.target.name}, {precision}")
+            graph, form = lowered[precision], self._forms[precision]
+            try:
+                built[precision] = build_engine(self.store, graph, form, self.versions, self.progress)
+            except UnsteadyError as err:
+                self.progress.say(f"{stage.name}: an engine is left out: {err}")
+                unsteady = err
+        if unsteady and not built and self._float_ancestor(stage) is stage:
+            raise unsteady
         return built
 
     def _ship(self, stage: Stage, engines: dict[str, dict[str, Artifact]], why: str | None) -> _Shipped:
         """The engine of a stage; of an INT8 network the faster of it and its higher-precision twin.
 
-        The twin where INT8 cost the workstation too much accuracy: here is no data to find out what may stay INT8.
+        The twin also where no INT8 engine gives steady answers, and where INT8 cost the workstation too much accuracy:
+        here is no data to find out what of it did.
         """
         own, parent = engines[stage.name], self._float_ancestor(stage)
         if parent is stage:
             first = next(iter(own))
             return _Shipped(own[first], first)
         twins = engines[parent.name]
-        if found := self._lost(stage):
+        if refused := self._refused(stage, own):
             twin = list(twins)[-1] if why else self._fastest(twins)
-            again = found.reason.startswith(LOST)  # a row of this device has taken the place of the workstation's
-            told = found.reason if again else f"{LOST} (shipped there: {found.shipped}, {found.reason})"
-            return _Shipped(twins[twin], twin, twins[twin], twin, "twin", told, found.backed_off)
+            return _Shipped(twins[twin], twin, twins[twin], twin, "twin", *refused)
         if why:
             last = list(own)[-1]
             return _Shipped(own[last], last, shipped="int8", reason=f"not compared with a higher precision: {why}")
@@ -290,10 +309,14 @@ class _Device:
         told += "; groups of layers are given back to floating point on a workstation only"
         return _Shipped(twins[twin], twin, twins[twin], twin, "twin", told)
 
-    def _lost(self, stage: Stage) -> Twin | None:
-        """What the twin rule found for this target on the workstation, where that INT8 is not accurate enough."""
-        rows = [row.twin for row in stage.results if row.target == self.target.name and row.twin]
-        return next((twin for twin in rows if lost_accuracy(twin)), None)
+    def _refused(self, stage: Stage, own: dict[str, Artifact]) -> tuple[str, dict[str, str]] | None:
+        """Why a stage's INT8 engines are not shipped, however fast, and what the workstation gave back to float."""
+        twins = [row.twin for row in stage.results if row.target == self.target.name and row.twin]
+        if lost := next((twin for twin in twins if lost_accuracy(twin)), None):
+            known = lost.reason.startswith(LOST)  # a row of this device has taken the place of the workstation's
+            told = lost.reason if known else f"{LOST} (shipped there: {lost.shipped}, {lost.reason})"
+            return told, lost.backed_off
+        return None if own else (UNSTEADY, {})
 
     def _float_ancestor(self, stage: Stage) -> Stage:
         """The latest network before this one, or this one, that is in floating point: ``quantize`` and on none is."""

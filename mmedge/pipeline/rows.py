@@ -20,6 +20,7 @@ NO_RAILS = "this machine has no power rails to read"
 NOT_YET = "not measured yet"
 FIRST = "the first stage has none before it"
 FOR_ACCURACY = "accuracy: "  # begins the reason why a group of layers went back to floating point
+UNSTEADY = "no INT8 engine answers one sample the same at all times"
 MORE_ACCURATE = "more accurate"  # with attention in floating point
 
 

@@ -24,7 +24,7 @@ from mmedge.artifact import Artifact
 from mmedge.errors import TargetError, TaskError, UnsteadyError
 from mmedge.pipeline.environment import cpu_name
 from mmedge.pipeline.line import Line, Step
-from mmedge.pipeline.rows import FOR_ACCURACY, MORE_ACCURATE, fraction
+from mmedge.pipeline.rows import FOR_ACCURACY, MORE_ACCURATE, UNSTEADY, fraction
 from mmedge.profile.latency import EngineRef, interleaved
 from mmedge.profile.worker import SETTLE, TURN
 from mmedge.recipe import TwinConfig
@@ -123,7 +123,7 @@ class TwinRule:
         plain = self._steady(step, both_ways, versions, step.attention)
         if not whole and not plain:
             twin = fastest(twins, self._times(twins))
-            return Settled(twin, twin, "twin", "no INT8 engine answers one sample the same at all times")
+            return Settled(twin, twin, "twin", UNSTEADY)
         times = self._times([*twins, *whole, *plain])
         twin = fastest(twins, times)
         begun = fastest([*whole, *plain], times, WORTH_IT)
