@@ -317,6 +317,34 @@ def test_integers_of_attention_stay_the_same_when_queries_are_scaled_while_dequa
     np.testing.assert_allclose(after, before, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "queries",
+    [
+        "ta = Transpose<perm = [0, 2, 1]> (qd) tb = Transpose<perm = [0, 2, 1]> (qd) a = Mul (ta, f) b = Mul (tb, f)",
+        "t = Transpose<perm = [0, 2, 1]> (qd) a = Mul (t, f) b = Mul (t, f)",
+        "t = Transpose<perm = [0, 2, 1]> (qd) a = Mul (t, f) b = Reshape (a, shape)",
+    ],
+    ids=["dequantized", "moved", "scaled"],
+)
+def test_queries_that_two_attentions_share_are_scaled_once(queries, tmp_path) -> None:
+    """Each would multiply its factor into the scale of the one dequantizer."""
+    pairs = "".join(f"{x}q = QuantizeLinear ({x}, s, z) {x}d = DequantizeLinear ({x}q, s, z) " for x in "qk")
+    text = f"""<ir_version: 9, opset_import: ["" : 20]> attend (float[B,8,6] q, float[B,8,6] k) => (float[B,6,6] y)
+        {{ s = Constant<value = float {{0.02}}> () z = Constant<value = int8 {{0}}> () f = Constant<value = float {{0.3}}> ()
+        shape = Constant<value_ints = [-1, 6, 8]> () {pairs} {queries}
+        sa = MatMul (a, kd) sb = MatMul (b, kd) wa = Softmax (sa) wb = Softmax (sb) y = Add (wa, wb) }}"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "plain.onnx")
+    model = ir.load(tmp_path / "plain.onnx")
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    in_integers(model)
+    ir.save(model, tmp_path / "integers.onnx")
+    feeds = {name: np.random.default_rng(0).standard_normal((2, 8, 6), dtype=np.float32) for name in "qk"}
+    before, after = (
+        ReferenceEvaluator(str(tmp_path / f"{name}.onnx")).run(None, feeds)[0] for name in ("plain", "integers")
+    )
+    np.testing.assert_allclose(after, before, atol=1e-6)
+
+
 @pytest.mark.parametrize("mask", ["none", "bool", "float", "causal", "grouped", "scale"])
 def test_attention_that_is_written_out_for_quantization_gives_the_same_numbers(mask) -> None:
     class Masked(nn.Module):

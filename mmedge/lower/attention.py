@@ -80,7 +80,9 @@ def in_integers(model: ir.Model) -> None:
     """Scale queries while they are dequantized, or the factor would stand between the pair and the product."""
     for product in nodes(model, "MatMul"):
         query, other = (pair_behind(value) for value in product.inputs)
-        if other is not None and is_scores(product) and query is not None and len(query[1].outputs[0].uses()) == 1:
+        if other is None or not is_scores(product) or query is None:
+            continue
+        if _is_only_reader(product, query[1]):
             _scale_while_dequantizing(model, product, query[1])
 
 
@@ -115,6 +117,11 @@ def pair_behind(value: ir.Value | None) -> tuple[ir.Node, ir.Node] | None:
     return pair
 
 
+def read_once(value: ir.Value | None) -> bool:
+    """Whether one node reads ``value``, once, and nobody outside of the graph does."""
+    return value is not None and len(value.uses()) == 1 and not value.is_graph_output()
+
+
 def is_scores(product: ir.Node) -> bool:
     """Whether a softmax reads a product of two activations, scaled and masked at most."""
     if weight_of(product) is not None:
@@ -131,6 +138,16 @@ def is_weighing(product: ir.Node) -> bool:
     """Whether a product takes values by the weights that a softmax gave."""
     pair = activation_pair(product.inputs[0])
     return producer(pair[0].inputs[0] if pair else product.inputs[0], "Softmax") is not None
+
+
+def _is_only_reader(product: ir.Node, dequantize: ir.Node) -> bool:
+    """Whether all that is made of a dequantized query ends in ``product``: two attentions may share queries."""
+    value = product.inputs[0]
+    while read_once(value) and (node := producer(value)) is not None:
+        if node is dequantize:
+            return True
+        value = node.inputs[0]
+    return False
 
 
 def _scale_while_dequantizing(model: ir.Model, product: ir.Node, dequantize: ir.Node) -> None:

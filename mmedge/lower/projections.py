@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from mmedge.lower.attention import is_scores, is_weighing
+from mmedge.lower.attention import is_scores, is_weighing, read_once
 from mmedge.lower.passes import MOVING, activation_pair, add_constant, constant, nodes, producer, quantized_weight
 from mmedge.targets.base import MERGED
 from mmedge.tensors import Array
@@ -81,7 +81,7 @@ def _weighing(scores: ir.Node) -> ir.Node | None:
 
 def _projection(value: ir.Value | None) -> Projection | None:
     """The layer that ``value`` comes from, if nobody else reads it and it is moved at most behind its pair."""
-    while value is not None and _read_once(value) and (node := producer(value, *MOVING - {"Concat"})) is not None:
+    while read_once(value) and (node := producer(value, *MOVING - {"Concat"})) is not None:
         shape = constant(node.inputs[1]) if node.op_type == "Reshape" else None
         if shape is not None and shape.shape == (4,) and (pair := activation_pair(node.inputs[0])) is not None:
             return _layer(*pair, node, shape)
@@ -101,13 +101,9 @@ def _layer(quantize: ir.Node, dequantize: ir.Node, reshape: ir.Node, shape: Arra
         return None
     if scales.shape != weight.shape[1:] or bias.shape != scales.shape:
         return None
-    if not all(_read_once(node.outputs[0]) for node in (product, add, quantize, dequantize)):
+    if not all(read_once(node.outputs[0]) for node in (product, add, quantize, dequantize)):
         return None
     return Projection(product, weight, scales, bias, quantize, dequantize, reshape, shape)
-
-
-def _read_once(value: ir.Value) -> bool:
-    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _goes_with(one: Projection, other: Projection) -> bool:
