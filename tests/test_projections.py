@@ -118,6 +118,17 @@ def test_a_projection_with_heads_of_another_width_stays_apart(tmp_path) -> None:
     assert sorted(names(merged(path))) == ["q1+k1", "v1"]
 
 
+def test_projections_whose_tokens_are_grouped_stay_apart(tmp_path) -> None:
+    """``(batch, groups, tokens, width)``: along the axis of heads their parts would mix."""
+    path = attention(tmp_path / "plain.onnx")
+    model = onnx.load(path)
+    (shape,) = (each for each in model.graph.initializer if each.name == "heads")
+    shape.CopyFrom(numpy_helper.from_array(np.array([-1, 1, TOKENS, DIM]), "heads"))
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    onnx.save(model, path)
+    assert sorted(names(merged(path))) == ["k1", "q1", "v1"]
+
+
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory) -> tuple[Network, Path]:
     return reader_task.quantized(reader_task.task(), tmp_path_factory.mktemp("reader") / "portable.onnx")

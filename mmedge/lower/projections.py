@@ -101,6 +101,8 @@ def _layer(quantize: ir.Node, dequantize: ir.Node, reshape: ir.Node, shape: Arra
         return None
     if scales.shape != weight.shape[1:] or bias.shape != scales.shape:
         return None
+    if math.prod(shape[HEADS:]) != weight.shape[1]:  # tokens cut in groups, not channels in heads
+        return None
     if not all(read_once(node.outputs[0]) for node in (product, add, quantize, dequantize)):
         return None
     return Projection(product, weight, scales, bias, quantize, dequantize, reshape, shape)
