@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import reader_task
 import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
@@ -316,6 +317,19 @@ def test_int8_between_float16_runs_on_a_processor_whose_integer_operators_know_f
     check_close(found["float32"], found["float16"])
     (addition,) = (node for node in ir.load(path).graph if node.name == "fusion")
     assert {value.producer().op_type for value in addition.inputs} == {"Cast"}  # float16, between INT8
+
+
+def test_int8_of_a_transformer_runs_between_float16_on_a_processor(tmp_path: Path) -> None:
+    """Its products become an operator of ONNX Runtime's own, whose type no inference knows."""
+    reader, target = reader_task.task(), OnnxRuntime()
+    _, portable = reader_task.quantized(reader, tmp_path / "portable.onnx")
+    found, inputs = {}, dict(reader.example().inputs)
+    for float_type in ("float32", "float16"):
+        path = tmp_path / f"{float_type}.onnx"
+        shape_for(portable, replace(target.lowering, float_type=float_type), path)
+        assert any(node.op_type == "MatMulIntegerToFloat" for node in ir.load(path).graph)
+        found[float_type] = answers(target, path, inputs)
+    check_close(found["float32"], found["float16"])
 
 
 def drawn() -> dict[str, Array]:

@@ -58,7 +58,9 @@ def _only_quantized(value: ir.Value) -> bool:
 
 
 def _replace(model: ir.Model, old: ir.Node, product: ir.Node, inputs: list[ir.Value | None]) -> None:
-    replace(model, old, ir.node("MatMulIntegerToFloat", inputs, domain=DOMAIN, name=product.name))
+    new = ir.node("MatMulIntegerToFloat", inputs, domain=DOMAIN, name=product.name)
+    replace(model, old, new)
+    new.outputs[0].dtype = ir.DataType.FLOAT  # float16 behind needs it, and ONNX does not know the operator
     model.opset_imports[DOMAIN] = 1
 
 
