@@ -62,6 +62,19 @@ class Eyes(nn.Module):
         return self.head(F.relu(torch.cat(found, 1)))
 
 
+class Plain(nn.Module):
+    """Attention whose values are what queries and keys are made of, not projected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.feel, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, image: Tensor, odometry: Tensor) -> Tensor:
+        x = 4 * image.flatten(1, 2)
+        mixed = F.scaled_dot_product_attention(self.q(x), self.k(x), x)
+        return self.head(mixed[:, 0] + self.feel(odometry))
+
+
 def batches(split: str, seed: int) -> Iterator[Batch]:
     rng = np.random.default_rng(len(split))
     inputs = {name: rng.standard_normal((32, *shape), dtype=np.float32) for name, shape in INPUTS.items()}
@@ -80,6 +93,7 @@ def task_of(make: type[nn.Module]) -> Task:
     [
         (partial(task_of, Rover), [(), ("join",), ("skip", "head"), ("up", "join", "head")]),
         (partial(task_of, Eyes), [(), ("see",), ("feel", "head"), ("see", "feel", "head")]),
+        (partial(task_of, Plain), [(), ("model",), ("q", "model")]),
         (reader_task.task, [(), ("patch", "head"), ("up", "o", "model")]),
     ],
 )

@@ -23,6 +23,7 @@ from mmedge.lower.passes import (
     add_constant,
     constant,
     ends_int8_convolution,
+    has_int8_weight,
     layer_of,
     nodes,
     producer,
@@ -63,7 +64,10 @@ def attention(
 
 
 def in_floating_point(model: ir.Model, layers: Collection[str] | None = None) -> None:
-    """Take away what attention's products read through: of the modules ``layers``, or of all."""
+    """Take away what attention's products read through: of the modules ``layers``, or of all.
+
+    INT8 layers that read the same keep it: values without a projection are what queries and keys are made of.
+    """
     for product in nodes(model, "MatMul"):
         if not (is_scores(product) or is_weighing(product)) or (layers is not None and layer_of(product) not in layers):
             continue
@@ -72,7 +76,7 @@ def in_floating_point(model: ir.Model, layers: Collection[str] | None = None) ->
             source = pair[0].inputs[0] if pair else None
             # Behind a convolution it stands for the convolution's sake.
             if pair is not None and source is not None and not ends_int8_convolution(source):
-                for use in list(pair[1].outputs[0].uses()):
+                for use in [use for use in pair[1].outputs[0].uses() if not has_int8_weight(use.node)]:
                     use.node.replace_input_with(use.idx, source)
 
 

@@ -301,7 +301,7 @@ def _feeds_int8(dequantize: ir.Node) -> bool:
         elif node.op_type in POOLING:
             if is_quantized(node.outputs[0], through=MOVING):
                 return True
-        elif _is_residual(node) or _has_int8_weight(node) or _is_integer_product(node):
+        elif _is_residual(node) or has_int8_weight(node) or _is_integer_product(node):
             return True
     return False
 
@@ -318,7 +318,8 @@ def is_moved_pair(value: ir.Value | None) -> bool:
     return activation_pair(value) is not None
 
 
-def _has_int8_weight(node: ir.Node) -> bool:
+def has_int8_weight(node: ir.Node) -> bool:
+    """Whether the second input of ``node`` is an int8 weight, transposed at most."""
     return len(node.inputs) > 1 and quantized_weight(_behind_transpose(node.inputs[1])) is not None
 
 
