@@ -190,6 +190,31 @@ def test_an_engine_that_was_lowered_for_another_processor_says_so(tmp_path, monk
         assert len(said) == len(found) == expected
 
 
+class Both(nn.Module):
+    """A layer that tokens pass, and the first of them by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Linear(3, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.tokens(x.flatten(2).transpose(1, 2))
+        return torch.cat([self.head(tokens).flatten(1), self.head(tokens[:, 0])], 1)
+
+
+@pytest.mark.parametrize("target", [OnnxRuntime(weight_bits=7), OpenVino(weight_bits=7)], ids=lambda each: each.name)
+def test_a_layer_that_rows_and_tokens_pass_is_narrowed_in_both_uses(target, task, tmp_path) -> None:
+    torch.manual_seed(0)
+    both = replace(task, model=Both().eval())
+    assert error(target, both, quantized(both, tmp_path), tmp_path) < 0.08
+    stored = [constant(node.inputs[0]) for node in nodes(ir.load(tmp_path / "model.onnx"), "DequantizeLinear")]
+    assert {np.abs(weight.astype(int)).max() for weight in stored if weight is not None and weight.ndim > 1} == {LIMIT}
+    (tmp_path / "again").mkdir()
+    coverage = target.build(tmp_path / "model.onnx", tmp_path / "again").coverage
+    assert coverage is not None
+    assert not coverage.other
+
+
 class Pooled(nn.Module):
     """Tokens to a head, by their mean and maximum, behind a layer with one scale per channel."""
 

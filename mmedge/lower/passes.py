@@ -112,25 +112,24 @@ def replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
 
 
 def fold_weight_transposes(model: ir.Model) -> None:
-    """Store int8 weights the way the matrix product reads them: ``(in, out)`` with the scales along axis 1."""
+    """Store int8 weights the way the matrix product reads them: ``(in, out)`` with the scales along axis 1.
+
+    Those of a layer that rows and tokens pass are stored both ways: Gemm reads them as they lie.
+    """
     for node in nodes(model, "Transpose"):
         weight = quantized_weight(node.inputs[0])
-        if weight is None or len(list(weight.outputs[0].uses())) != 1:
+        stored = constant(weight.inputs[0]) if weight is not None else None
+        if weight is None or stored is None:
             continue
-        _transpose_weight(model, weight, list(node.attributes["perm"].as_ints()))
-        node.outputs[0].replace_all_uses_with(weight.outputs[0])
+        order, name = list(node.attributes["perm"].as_ints()), f"{node.name}/weight"
+        integers = add_constant(model, f"{name}.T", stored.transpose(order).copy())
+        operands = [integers, *(value for value in weight.inputs[1:] if value is not None)]
+        axis = order.index(weight.attributes.get_int("axis", 1))
+        turned = insert_dequantize(model, node, operands, {"axis": axis}, name)
+        node.outputs[0].replace_all_uses_with(turned)
         model.graph.remove(node, safe=True)
-
-
-def _transpose_weight(model: ir.Model, dequantize: ir.Node, permutation: list[int]) -> None:
-    source = dequantize.inputs[0]
-    weight = constant(source)
-    if source is None or weight is None:
-        return
-    axis = dequantize.attributes["axis"].as_int() if "axis" in dequantize.attributes else 1
-    folded = add_constant(model, f"{source.name}.T", weight.transpose(permutation).copy())
-    dequantize.replace_input_with(0, folded)
-    dequantize.attributes["axis"] = ir.AttrInt64("axis", permutation.index(axis))
+        if not weight.outputs[0].uses():
+            model.graph.remove(weight, safe=True)
 
 
 def is_plain(product: ir.Node) -> bool:
