@@ -417,6 +417,16 @@ def test_building_and_running_call_the_package_as_documented(
     whole, _ = opened(archives["qdq"])
     carry_over(whole)
     np.testing.assert_allclose(found, logits(whole, sample(7)).numpy(), atol=1e-5)
+    for ends, shapes in (
+        ((1, 1, 1), {"shape": (1, 12)}),
+        ((3, 4, 5), {"min_shape": (3, 12), "opt_shape": (4, 12), "max_shape": (5, 12)}),
+    ):
+        batch = dict(zip(("min", "opt", "max"), ends, strict=True))
+        ready = target._ready(archives["qdq"], {"batch": batch})
+        assert ready.inputs(stand_in)["kwarg_inputs"]["audio"] == {**shapes, "dtype": torch.float32, "name": "audio"}
+        np.testing.assert_allclose(
+            logits(ready.program.module(), sample(ends[0])), logits(whole, sample(ends[0])), atol=1e-5
+        )
     with pytest.raises(TargetError, match="no automatic casts"):
         target.serialize(archives["qdq"])
     assert TorchTensorRt().serialize(archives["float"]) == b"plan"

@@ -203,6 +203,7 @@ class TorchTensorRt(Target):
             self._need_quantize_op()
             carried = carry_over(module)
         batch = about.get("batch", BATCH)
+        examples = resized(examples, batch)
         program, shapes = exported(module, examples, batch)
         with reported("moving the program to the GPU", str(model)):
             moved = move_to_device_pass(program, GPU)
@@ -287,6 +288,15 @@ def opened(model: Path) -> tuple[GraphModule, dict[str, Tensor]]:
     if args:
         raise TargetError("the archive takes its inputs by position", where=str(model), fix="export with named inputs")
     return program.module(), dict(kwargs)
+
+
+def resized(examples: Mapping[str, Tensor], batch: Mapping[str, int]) -> dict[str, Tensor]:
+    """Example inputs with as many samples as an engine is tuned for, repeated as often as it takes.
+
+    A program of a fixed batch takes what it was exported with. One of a variable batch is not exported with 1.
+    """
+    count = batch["opt"] if batch["min"] == batch["max"] else max(batch["opt"], 2)
+    return {name: tensor[_torch().arange(count) % len(tensor)] for name, tensor in examples.items()}
 
 
 def exported(
