@@ -472,7 +472,19 @@ def test_a_layer_is_in_int8_where_one_of_its_uses_reads_the_input() -> None:
     assert (set(edits["quantized"]), edits["skipped"]) == ({"q", "o"}, {})
 
 
-@pytest.mark.parametrize("module", [partial(Learned, "parameter"), Looking])
+class Pool(nn.Module):
+    """Attention pooling by queries that have no axis for samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(4, 32))
+        self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.query @ self.k(x).transpose(1, 2)).softmax(-1) @ self.v(x)
+
+
+@pytest.mark.parametrize("module", [partial(Learned, "parameter"), Looking, Pool])
 def test_openvino_answers_the_same_each_time_with_learned_queries(tmp_path, module) -> None:
     """In INT8 their products are right once and wrong from the second query on, and so are constants left in INT8."""
     torch.manual_seed(0)

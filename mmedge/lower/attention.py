@@ -106,8 +106,7 @@ def keys_as_they_lie(model: ir.Model) -> None:
             transpose.attributes["perm"] = ir.AttrInt64s("perm", order)
         else:
             product.replace_input_with(1, transpose.inputs[0])
-        outer = "abcdefgh"[: len(order) - 2]
-        equation = {"equation": f"{outer}mk,{outer}nk->{outer}mn"}
+        equation = {"equation": "...mk,...nk->...mn"}  # learned queries may have fewer axes than keys
         replace(model, product, ir.node("Einsum", product.inputs, attributes=equation, name=product.name))
 
 
