@@ -54,9 +54,16 @@ class BatchConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    min: int = Field(1, ge=1)
+    min: Literal[1] = 1  # no engine that refuses single samples could be timed: a query is one
     opt: int = Field(1, ge=1)
     max: int = Field(8, ge=1, le=4096)
+
+    @field_validator("min", mode="before")
+    @classmethod
+    def _is_one(cls, value: Any) -> Any:
+        if value != 1:
+            raise ValueError("must be 1 (every query that is timed is one sample)")
+        return value
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

@@ -56,7 +56,11 @@ def test_a_plain_convolutional_network_stays_on_the_dla() -> None:
 
 
 LIMITS: dict[str, tuple[tuple[int | str, ...], dict[str, int], str]] = {
-    "batch range": ((2, 16, 8, 8), {"min": 1, "opt": 1, "max": 8}, "batch min, opt and max are 1, 1 and 8; the DLA"),
+    "batch range": (
+        (2, 16, 8, 8),
+        {"min": 1, "opt": 1, "max": 8},
+        "batch min, opt and max are 1, 1 and 8; the DLA takes one size: make all three 1",
+    ),
     "batch 5000": ((5000, 16, 8, 8), {"min": 5000, "opt": 5000, "max": 5000}, "batch 5000: the DLA takes up to 4096"),
     "wide": ((2, 3, 8, 8193), FIXED, "input x: dimension 3 is 8193, the DLA takes up to 8192"),
     "changing height": ((2, 3, "h", 8), FIXED, "input x: dimension 2 may change, the DLA takes fixed shapes"),

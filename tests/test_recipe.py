@@ -150,6 +150,12 @@ MISTAKES = {
         "mine.yaml: stages[0].prune.width",
         "less than or equal to 1",
     ),
+    "engines that refuse single samples": (
+        HEAD + "export: {batch: {min: 4, opt: 4, max: 8}}",
+        "mine.yaml: export.batch.min",
+        "must be 1 (every query that is timed is one sample), not 4",
+    ),
+    "batch for none": (HEAD + "export: {batch: {opt: 9}}", "mine.yaml: export.batch", "must be min <= opt <= max"),
     "nothing left": (HEAD + "stages: [prune: {width: 0}]", "mine.yaml: stages[0].prune.width", "greater than 0"),
     "inner range": (
         HEAD + "stages: [distill, prune: {recover: {epochs: 0}}]",

@@ -57,7 +57,7 @@ def dla_limits(model: ModelProto, batch: Mapping[str, int]) -> list[str]:
     problems = []
     if len({batch["min"], batch["opt"], batch["max"]}) > 1:
         shown = f"{batch['min']}, {batch['opt']} and {batch['max']}"
-        problems.append(f"batch min, opt and max are {shown}; the DLA takes one size: make them equal")
+        problems.append(f"batch min, opt and max are {shown}; the DLA takes one size: make all three 1")
     if batch["max"] > MAX_BATCH:
         problems.append(f"batch {batch['max']}: the DLA takes up to {MAX_BATCH}; use a smaller one")
     weights = {tensor.name for tensor in model.graph.initializer}
