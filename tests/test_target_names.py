@@ -42,8 +42,9 @@ def test_a_dla_before_tensorrt_11_is_built_by_flags_and_after_by_the_graph() -> 
     assert isinstance(old, TensorRt)
     assert isinstance(new, TensorRt)
     assert (old.settings.half_by_flag, new.settings.half_by_flag) == (True, False)
-    assert [form.float_name for form in old.forms()] == ["fp32"]
-    assert [form.float_name for form in new.forms()] == ["fp16"]
+    for target in (old, new):
+        assert [form.float_name for form in target.forms()] == ["fp16"]
+    assert old.lowering.float_type == "float32"  # the flag takes it
 
 
 BAD: dict[str, tuple[str, str]] = {

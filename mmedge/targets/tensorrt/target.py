@@ -278,7 +278,8 @@ class TensorRtRtx(_Nvidia):
 class TensorRt(_Nvidia):
     """TensorRT proper: engines are built on the device that runs them, with the TensorRT that it has.
 
-    Written to the documentation of TensorRT 10.3 and 11.4; not yet run on a GPU.
+    Written to the documentation of TensorRT 10.3 and 11.4; not yet run on a GPU. Products of float32 numbers are TF32
+    on GPUs from Ampere on: TensorRT's default, left on because INT8 compared with slower products would look faster.
 
     Args:
         device: of the table; none means whatever GPU is here.
@@ -302,6 +303,7 @@ class TensorRt(_Nvidia):
     module = "tensorrt"
     runtime = "tensorrt"
     built_on_device = True
+    version = 4
 
     def __init__(
         self,
@@ -349,6 +351,11 @@ class TensorRt(_Nvidia):
         if self.software is not None and not self.software.dla:
             fix = "choose another jetpack, or leave dla_core out"
             raise UsageError(f"TensorRT {self.software.tensorrt} of {self.software.name} builds for no DLA", fix=fix)
+
+    @property
+    def float_name(self) -> Literal["fp32", "bf16", "fp16"]:
+        """See ``Target.float_name``; where a flag asks for float16 the graph does not tell."""
+        return "fp16" if self.settings.half_by_flag else super().float_name
 
     def forms(self) -> list[Target]:
         """float32 and float16; on a DLA only what that computes in."""
