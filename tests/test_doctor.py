@@ -414,6 +414,14 @@ def test_a_processor_without_vnni_is_told(tmp_path: Path) -> None:
     assert machine.check_processor(tmp_path).detail == "Old CPU: avx2, amx_int8, avx_vnni"
 
 
+def test_an_arm_without_dot_products_does_not_overflow(tmp_path: Path) -> None:
+    """A Raspberry Pi 4: it adds up in 32 bits, with more instructions."""
+    found = machine.check_processor(write(tmp_path, {"proc/cpuinfo": "Features\t: fp asimd evtstrm crc32 cpuid\n"}))
+    assert found.state == "warn"
+    assert found.detail.endswith(machine.GAINS_LESS)
+    assert "weight_bits" not in (found.fix or "")
+
+
 def test_little_memory_and_a_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, {"proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable: 900000 kB\n"})
     assert machine.check_memory(tmp_path).state == "warn"

@@ -17,6 +17,7 @@ from mmedge.targets.processor import VNNI, processor
 GIB = 1024**3
 _INT8_FLAGS = (*sorted(VNNI), "i8mm", "asimddp")
 OVERFLOWS = "without VNNI or AMX INT8 gains less, and products of 8-bit weights overflow"
+GAINS_LESS = "without dot products of 8-bit numbers INT8 gains less"
 _SHOWN_FLAGS = ("avx2", "avx512f", *_INT8_FLAGS, "avx512_bf16", "amx_bf16", "bf16")
 _LITTLE_MEMORY_GIB, _LITTLE_DISK_GIB = 2, 5
 _HOT_C = 85.0  # a zone this warm is close to where the hardware slows down
@@ -38,6 +39,9 @@ def check_processor(root: Path = Path("/")) -> Finding:
     detail = f"{name}: {', '.join(flag for flag in _SHOWN_FLAGS if flag in flags) or 'none of the wide units'}"
     if flags.intersection(_INT8_FLAGS):
         return Finding("processor", "ok", detail)
+    if "sse2" not in flags:  # which every x86-64 has, and only those overflow: see ``processor.overflows``
+        fix = "judge INT8 by what it gains here: mmedge profile RUN"
+        return Finding("processor", "warn", f"{detail}; {GAINS_LESS}", fix)
     fix = "lower INT8 networks on this machine, or for it: --target NAME:weight_bits=7"
     return Finding("processor", "warn", f"{detail}; {OVERFLOWS}", fix)
 
