@@ -9,6 +9,7 @@ import pytest
 from mmedge import plugins
 from mmedge.errors import UsageError
 from mmedge.targets.onnxruntime import OnnxRuntime
+from mmedge.targets.tensorrt import target as module
 from mmedge.targets.tensorrt.target import TensorRt, TensorRtRtx
 
 
@@ -45,6 +46,17 @@ def test_a_dla_before_tensorrt_11_is_built_by_flags_and_after_by_the_graph() -> 
     for target in (old, new):
         assert [form.float_name for form in target.forms()] == ["fp16"]
     assert old.lowering.float_type == "float32"  # the flag takes it
+
+
+def test_hardware_compatible_engines_run_on_other_gpus_from_ampere_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, shared = (plugins.target(f"jetson-agx-orin{option}") for option in ("", ":hardware_compatible=true"))
+    for sm, runs in (("8.7", (True, True)), ("12.0", (False, True)), ("7.2", (False, False)), (None, (False, False))):
+        monkeypatch.setattr(module, "compute_capability", lambda sm=sm: sm)
+        assert (own.cannot_run() is None, shared.cannot_run() is None) == runs
+    inputs = [{"name": "image", "dtype": "float32", "shape": ["batch", 3]}]
+    about = {"inputs": inputs, "batch": {"min": 1, "opt": 1, "max": 8}}
+    flag = "--hardwareCompatibilityLevel=ampere+"
+    assert [flag in target.scripts("model.onnx", about)["build.sh"] for target in (own, shared)] == [False, True]
 
 
 BAD: dict[str, tuple[str, str]] = {

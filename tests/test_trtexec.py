@@ -66,7 +66,8 @@ def script(**changes: Any) -> str:
 
 
 def test_build(run: Run, tmp_path: Path) -> None:
-    ((*arguments,),) = run(script(workspace_mib=2048, timing_cache="cache.bin", version_compatible=True))
+    compatible = {"version_compatible": True, "hardware_compatible": True}
+    ((*arguments,),) = run(script(workspace_mib=2048, timing_cache="cache.bin", **compatible))
     assert arguments == [
         "--onnx=model.onnx",
         "--saveEngine=engine.plan.partial",
@@ -80,6 +81,7 @@ def test_build(run: Run, tmp_path: Path) -> None:
         "--memPoolSize=workspace:2048",
         "--timingCacheFile=cache.bin",
         "--versionCompatible",
+        "--hardwareCompatibilityLevel=ampere+",
     ]
     folder = tmp_path / "of the script"
     assert (folder / "engine.plan").read_text() == "engine"

@@ -453,11 +453,15 @@ def _later(built: tuple[int, ...], runs: tuple[int, ...]) -> bool:
 def _gpu_misfit(manifest: EngineManifest, here: Here) -> Iterator[tuple[str, str]]:
     if here.sm in manifest.sms:
         return
-    ampere = bool(here.sm) and _numbers(here.sm) >= (8, 0)
-    if manifest.flags.get("hardware_compatible") == "ampere+" and ampere:
+    if manifest.flags.get("hardware_compatible") == "ampere+" and from_ampere_on(here.sm):
         return
     found = f"the GPU here is SM {here.sm}" if here.sm else "there is no GPU here"
     yield f"built for {_named(manifest.sms)}; {found}", _REBUILD
+
+
+def from_ampere_on(sm: str) -> bool:
+    """Whether a GPU runs engines that were built hardware compatible; ``sm`` is empty where there is none."""
+    return _numbers(sm) >= (8, 0)
 
 
 def _named(sms: tuple[str, ...]) -> str:

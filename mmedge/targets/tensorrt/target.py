@@ -27,7 +27,15 @@ from mmedge.targets.tensorrt.gpu import compute_capability
 from mmedge.targets.tensorrt.jetpack import jetpack_release
 from mmedge.targets.tensorrt.layers import fusion, read_layers
 from mmedge.targets.tensorrt.log import Kernel, read_kernels
-from mmedge.targets.tensorrt.plan import EngineManifest, Here, Trust, read_admitted, seal, write_manifest
+from mmedge.targets.tensorrt.plan import (
+    EngineManifest,
+    Here,
+    Trust,
+    from_ampere_on,
+    read_admitted,
+    seal,
+    write_manifest,
+)
 from mmedge.tensors import Array
 
 PLAN = "engine.plan"
@@ -153,10 +161,14 @@ class _Nvidia(Target):
     def cannot_run(self) -> str | None:
         """Why there is no GPU here that the engines run on; asks the driver, if there is one."""
         wanted, found = self._capabilities(), compute_capability()
-        if found in wanted or (found and not wanted):
+        if found and (not wanted or self._runs_on(found)):
             return None
         here = f"the one here is SM {found}" if found else "none here"
         return f"{self.name} engines need an NVIDIA GPU ({', '.join(f'SM {each}' for each in wanted) or 'any'}); {here}"
+
+    def _runs_on(self, sm: str) -> bool:
+        """Whether engines run on a GPU of this compute capability."""
+        return sm in self._capabilities()
 
     @contextmanager
     def runner(self, folder: Path, threads: int) -> Iterator[Runner]:
@@ -405,6 +417,9 @@ class TensorRt(_Nvidia):
         found = compute_capability()
         return (found,) if found else ()
 
+    def _runs_on(self, sm: str) -> bool:
+        return super()._runs_on(sm) or (self.settings.hardware_compatible and from_ampere_on(sm))
+
     def _ceiling(self) -> tuple[int | None, str | None]:
         return (self.software.opset, self.software.tensorrt) if self.software else (None, None)
 
@@ -433,6 +448,7 @@ class TensorRt(_Nvidia):
             dla_core=settings.dla_core,
             timing_cache=str(settings.timing_cache) if settings.timing_cache else None,
             version_compatible=settings.version_compatible,
+            hardware_compatible=settings.hardware_compatible,
         )
         opt = about["batch"]["opt"]
         measure = measure_script(PLAN, about["inputs"], opt, tensorrt=version, dla_core=settings.dla_core)

@@ -29,6 +29,7 @@ def build_script(
     dla_core: int | None,
     timing_cache: str | None,
     version_compatible: bool = False,
+    hardware_compatible: bool = False,
 ) -> str:
     """A script that builds what ``mmedge build`` builds; file names are relative to the script's own folder.
 
@@ -42,6 +43,7 @@ def build_script(
         dla_core: build for this DLA core, with the GPU for what it cannot run.
         timing_cache: a file of measured kernels to read and write.
         version_compatible: the engine runs on later versions.
+        hardware_compatible: the engine runs on all GPUs from Ampere on.
 
     Raises:
         UsageError: TensorRT is older than 10, a DLA engine's version is left open, a shape may change beyond its first
@@ -64,6 +66,8 @@ def build_script(
         flags += [f"--useDLACore={dla_core}", "--allowGPUFallback"]
     if version_compatible:
         flags.append("--versionCompatible")
+    if hardware_compatible:
+        flags.append("--hardwareCompatibilityLevel=ampere+")
     keep = shlex.join(["mv", "-f", "--", f"{plan}.partial", plan])
     return f"{_head('Builds an engine', tensorrt)}\n{_call(flags)}\n{keep}\n"
 
