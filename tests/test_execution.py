@@ -311,7 +311,7 @@ def test_a_description_of_another_engine_is_refused(device: Device, engine: Engi
 def test_rtx_keeps_what_it_compiled_and_captures_by_itself(
     device: Device, engine: Engine, plan: bytes, tmp_path: Path
 ) -> None:
-    cache = tmp_path / "runtime.cache"
+    cache = tmp_path / "not yet" / "there" / "runtime.cache"
     Cache.known.clear()
     trt = tensorrt(engine, rtx=True)
     with execution(trt, plan, DESCRIPTION, runtime_cache=cache, graphs=True) as run:
@@ -329,7 +329,7 @@ def test_rtx_keeps_what_it_compiled_and_captures_by_itself(
         pass
     assert Cache.known == [b"compiled kernels", b"of another GPU", b"reset"]
     assert cache.read_bytes() == b"compiled kernels"
-    assert [file.name for file in tmp_path.iterdir()] == ["runtime.cache"]
+    assert [file.name for file in cache.parent.iterdir()] == ["runtime.cache"]
 
 
 # --- the real TensorRT for RTX, as far as it goes without a GPU

@@ -202,6 +202,7 @@ def _keep(content: bytes, known: bytes, file: Path) -> None:
         return
     partial = file.with_name(f".{file.name}.partial")
     with suppress(OSError):  # a place that cannot be written: the next start compiles again
+        file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         partial.replace(file)
 
