@@ -136,6 +136,28 @@ def test_a_package_that_works_and_talks(fake: Callable[[str, str], None]) -> Non
     assert found.facts["version"] == "10.3.0"
 
 
+def test_torch_tensorrt_is_not_tried_without_a_gpu(
+    fake: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its import fails there by design: it is not broken."""
+    fake("torch_tensorrt", "raise RuntimeError('no compute capability')")
+    package = BY_MODULE["torch_tensorrt"]
+    found = probe(package, gpu=False).finding
+    assert (found.state, found.fix) == ("warn", "use it on a machine with such a GPU")
+    assert found.detail.startswith("torch-tensorrt: not tried, for without an NVIDIA GPU it cannot be imported")
+    broken = probe(package, gpu=True).finding
+    assert (broken.state, broken.fix) == ("fail", 'pip install --force-reinstall "torch-tensorrt"')
+
+    def of_rtx(name: str) -> str:
+        if name != "torch-tensorrt-rtx":
+            raise packages.PackageNotFoundError(name)
+        return "2.14.0"
+
+    monkeypatch.setattr(packages, "version", of_rtx)
+    assert probe(package, gpu=False).finding.detail.startswith("torch-tensorrt-rtx 2.14.0: not tried")
+    assert probe(package, gpu=True).finding.fix == 'pip install --force-reinstall "torch-tensorrt-rtx"'
+
+
 def test_an_absent_package_names_the_command_that_installs_it() -> None:
     assert probe(BY_MODULE["torch_tensorrt"]).finding.fix == "pip install torch-tensorrt"
     on_jetson = probe(BY_MODULE["tensorrt"], jetson=True).finding

@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from mmedge.doctor.finding import Finding, State
-from mmedge.doctor.probe import MARK
+from mmedge.doctor.probe import MARK, installed
+from mmedge.targets.torch_tensorrt import PACKAGES as TORCH_TENSORRT
 
 OLDEST_PYTHON = (3, 10)
 TIMEOUT_S = 180.0  # importing torch from a slow card takes a minute
@@ -32,32 +33,44 @@ class Package:
         title: for people.
         module: what is imported.
         install: the command that installs it; on a Jetson, ``jetson_install`` where given.
+        wheels: the names to give pip that bring the module, the usual one first.
         jetson_install: the same for a Jetson.
-        wheel: the name to give pip, to install it anew.
+        needs_gpu: where there is no NVIDIA GPU it cannot even be imported.
     """
 
     title: str
     module: str
     install: str
-    wheel: str
+    wheels: tuple[str, ...]
     jetson_install: str | None = None
+    needs_gpu: bool = False
+
+    @property
+    def wheel(self) -> tuple[str, str | None]:
+        """The installed one of the wheels and its version; the usual one and None where there is no record of any."""
+        for name in self.wheels:
+            try:
+                return name, version(name)
+            except PackageNotFoundError:
+                continue
+        return self.wheels[0], None
 
 
 PACKAGES = (
-    Package("torch", "torch", 'pip install "mmedge[compress]"', "torch"),
-    Package("onnx", "onnx", 'pip install "mmedge[compress]"', "onnx"),
-    Package("ONNX Runtime", "onnxruntime", "pip install onnxruntime", "onnxruntime"),
-    Package("OpenVINO", "openvino", 'pip install "mmedge[openvino]"', "openvino"),
+    Package("torch", "torch", 'pip install "mmedge[compress]"', ("torch",)),
+    Package("onnx", "onnx", 'pip install "mmedge[compress]"', ("onnx",)),
+    Package("ONNX Runtime", "onnxruntime", "pip install onnxruntime", ("onnxruntime", "onnxruntime-gpu")),
+    Package("OpenVINO", "openvino", 'pip install "mmedge[openvino]"', ("openvino",)),
     Package(
         "TensorRT",
         "tensorrt",
         "pip install tensorrt",
-        "tensorrt",
+        ("tensorrt",),
         "sudo apt-get install nvidia-jetpack, and make the environment with python3 -m venv --system-site-packages",
     ),
-    Package("TensorRT-RTX", "tensorrt_rtx", 'pip install "mmedge[rtx]"', "tensorrt-rtx-cu13"),
-    Package("torch-tensorrt", "torch_tensorrt", "pip install torch-tensorrt", "torch-tensorrt"),
-    Package("CUDA Python", "cuda.bindings", "pip install cuda-python", "cuda-python"),
+    Package("TensorRT-RTX", "tensorrt_rtx", 'pip install "mmedge[rtx]"', ("tensorrt-rtx-cu13",)),
+    Package("torch-tensorrt", "torch_tensorrt", "pip install torch-tensorrt", TORCH_TENSORRT, needs_gpu=True),
+    Package("CUDA Python", "cuda.bindings", "pip install cuda-python", ("cuda-python",)),
 )
 
 
@@ -103,9 +116,13 @@ def probe(package: Package, jetson: bool = False, gpu: bool = False) -> Probed:
         jetson: this machine is a Jetson, where some packages come with JetPack.
         gpu: there is an NVIDIA GPU here, so what needs one must work.
     """
+    if package.needs_gpu and not gpu and installed(package.module):
+        shown = " ".join(filter(None, package.wheel))
+        detail = f"{shown}: not tried, for without an NVIDIA GPU it cannot be imported, and none is here"
+        return Probed(Finding(package.title, "warn", detail, "use it on a machine with such a GPU"), {})
     facts, words = _facts(package.module)
     if words is not None:
-        again = f'pip install --force-reinstall "{package.wheel}"'
+        again = f'pip install --force-reinstall "{package.wheel[0]}"'
         if jetson and package.jetson_install:
             again = "sudo apt-get install --reinstall python3-libnvinfer tensorrt"
         return Probed(Finding(package.title, "fail", words, again), {})

@@ -25,13 +25,14 @@ def main(module: str) -> None:
 
 def facts(module: str) -> dict[str, Any]:
     """``{"absent": True}`` where the module is not installed, else its version and what was tried."""
-    if not _installed(module):
+    if not installed(module):
         return {"absent": True}
     loaded = importlib.import_module(module)
     return {"version": _version(module, loaded), **PROBES.get(module, _nothing)(loaded)}
 
 
-def _installed(module: str) -> bool:
+def installed(module: str) -> bool:
+    """Whether Python finds the module; it is not imported, but for the packages above it."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # the package above it is missing
