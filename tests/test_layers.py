@@ -17,7 +17,7 @@ import pytest
 from small_onnx import LAYERS, Maker
 
 from mmedge.errors import TargetError
-from mmedge.targets.tensorrt.layers import Placement, fusion, read_layers, read_placement
+from mmedge.targets.tensorrt.layers import fusion, read_layers
 from mmedge.targets.tensorrt.log import Kernel, onnx_layers, read_kernels
 
 INT8_32 = "Thirty-two wide channel vectorized row major Int8 format"
@@ -134,7 +134,7 @@ def test_tensorrt_10(by: str) -> None:
 def test_what_became_of_the_network() -> None:
     found = fusion(read_layers(separated("\x1e")), ["conv1", "conv2", "head", "lost"])
     assert found.coverage.int8 == ("conv1", "head")
-    assert found.fell_back == {
+    assert found.coverage.other == {
         "conv2": "runs as CaskGemmConvolution on Half",
         "lost": "not in the build log",
     }
@@ -168,7 +168,7 @@ def test_names_that_nobody_escaped() -> None:
         json.loads(text, strict=False)
     kernels = read_layers(text)
     assert kernels[3].name == kernels[3].layers[0] == odd
-    assert fusion(kernels, [odd]).fell_back == {odd: "runs as CaskGemmConvolution on Half"}
+    assert fusion(kernels, [odd]).coverage.other == {odd: "runs as CaskGemmConvolution on Half"}
 
 
 def test_names_with_brackets() -> None:
@@ -189,7 +189,9 @@ def test_dynamic_shapes_hide_the_types() -> None:
     text = separated("").replace(INT8_32, "N/A due to dynamic shapes").replace(FP32, "N/A due to dynamic shapes")
     found = fusion(read_layers(text), ["conv1"])
     assert found.coverage.int8 == ()
-    assert found.fell_back["conv1"].startswith("runs as CaskConvolution on unknown: TensorRT tells types of dynamic")
+    assert found.coverage.other["conv1"].startswith(
+        "runs as CaskConvolution on unknown: TensorRT tells types of dynamic"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"Layers": 3}', '{"Layers": ["conv1"\n,"conv2"]}', "[TRT] error"])
@@ -224,11 +226,11 @@ def dla_engine() -> list[Kernel]:
 def test_dla_placement() -> None:
     order = ["conv1", "relu1", "conv2", "conv3", "relu3", "pool", "head"]
     found = fusion(dla_engine(), ["conv1", "conv3", "head"], order)
-    assert found.fell_back == dict.fromkeys(["conv1", "conv3", "head"], "runs on the DLA on Int8")
+    assert found.coverage.other == dict.fromkeys(["conv1", "conv3", "head"], "runs on the DLA on Int8")
     assert found.on_gpu == ("pool",)
     assert found.facts()["dla"] == {"loadables": 2, "on_gpu": ["pool"]}
     without = fusion(dla_engine(), ["conv1", "conv3", "head"])
-    assert without.fell_back["conv3"].startswith("in no kernel of the GPU, so on the DLA")
+    assert without.coverage.other["conv3"].startswith("in no kernel of the GPU, so on the DLA")
 
 
 def test_too_many_loadables_are_told() -> None:
@@ -243,21 +245,6 @@ def test_foreign_nodes_of_the_graph_compiler_are_no_dla() -> None:
     (kernel,) = read_layers({"Layers": [layer]})
     assert not kernel.dla
     assert kernel.layers == ("a", "b")
-
-
-def test_placement_in_the_log() -> None:
-    """Lines as quoted in NVIDIA-AI-IOT's DLA tutorial."""
-    log = [
-        "---------- Layers Running on DLA ----------",
-        "[DlaLayer] {ForeignNode[Conv_0]}",
-        "[03/31/2022-14:34:54] [I] [TRT] [DlaLayer] {ForeignNode[Relu_10...Conv_11]},",
-        "---------- Layers Running on GPU ----------\n[GpuLayer] SHUFFLE: Reshape_2 + (Unnamed Layer* 7) [Shuffle]",
-        "[GpuLayer] PLUGIN_V2: InstanceNormalization_5",
-    ]
-    assert read_placement(log) == Placement(
-        ("{ForeignNode[Conv_0]}", "{ForeignNode[Relu_10...Conv_11]}"),
-        ("Reshape_2 + (Unnamed Layer* 7) [Shuffle]", "InstanceNormalization_5"),
-    )
 
 
 # --- the real log of TensorRT-RTX
@@ -300,7 +287,7 @@ def test_real_engine(log: list[str]) -> None:
     kernels = read_kernels(log)
     found = fusion(kernels, [*LAYERS, "elsewhere"])
     assert found.coverage.int8 == LAYERS
-    assert found.fell_back == {"elsewhere": "not in the build log"}
+    assert found.coverage.other == {"elsewhere": "not in the build log"}
     assert found.kernels == len(kernels)
     assert found.loadables == 0
     (gemm,) = [kernel for kernel in kernels if "head" in kernel.layers and kernel.type == "gemm"]

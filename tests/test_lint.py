@@ -16,8 +16,8 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 from small_onnx import LAYERS, Maker, value
 
 from mmedge.errors import TargetError
-from mmedge.targets.tensorrt.isaac_ros import isaac_ros_notes
-from mmedge.targets.tensorrt.lint import lint_isaac_ros, lint_tensorrt
+from mmedge.targets.tensorrt.isaac_ros import isaac_ros_notes, lint_isaac_ros
+from mmedge.targets.tensorrt.lint import lint_tensorrt
 from mmedge.targets.tensorrt.target import BATCH, TensorRtRtx
 
 Model = onnx.ModelProto

@@ -41,19 +41,13 @@ _INSTEAD = {
 _REST = "keep this tower on the GPU"
 
 
-def lint_dla(model: ModelProto, batch: Mapping[str, int], *, strongly_typed: bool = False) -> list[str]:
-    """What keeps the network, or parts of it, from running on a DLA: ``dla_limits`` and ``dla_moves`` together.
+def dla_limits(model: ModelProto, batch: Mapping[str, int]) -> list[str]:
+    """Why no part of the network can run on a DLA: shapes that change, and sizes beyond its limits.
 
     Args:
         model: a lowered ONNX model.
         batch: ``min``, ``opt`` and ``max`` that the engine is built for.
-        strongly_typed: the engine takes its types from the graph, so that float32 stays float32 (TensorRT 11).
     """
-    return dla_limits(model, batch) + dla_moves(model, strongly_typed=strongly_typed)
-
-
-def dla_limits(model: ModelProto, batch: Mapping[str, int]) -> list[str]:
-    """Why no part of the network can run on a DLA: shapes that change, and sizes beyond its limits."""
     problems = []
     if len({batch["min"], batch["opt"], batch["max"]}) > 1:
         shown = f"{batch['min']}, {batch['opt']} and {batch['max']}"
@@ -83,6 +77,10 @@ def dla_moves(model: ModelProto, *, strongly_typed: bool = False) -> list[str]:
 
     Which layers share a loadable is TensorRT's choice; the number told here is that of runs of layers in the order of
     the file, an estimate.
+
+    Args:
+        model: a lowered ONNX model.
+        strongly_typed: the engine takes its types from the graph, so that float32 stays float32 (TensorRT 11).
     """
     graph = Graph(model)
     problems: list[str] = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmedge.errors import TargetError
@@ -56,11 +56,6 @@ class Fusion:
     loadables: int = 0
     on_gpu: tuple[str, ...] = ()
 
-    @property
-    def fell_back(self) -> dict[str, str]:
-        """Weighted layers that do not run in INT8, each with the reason."""
-        return dict(self.coverage.other)
-
     def facts(self) -> dict[str, Any]:
         """What is worth keeping in a manifest, JSON."""
         found: dict[str, Any] = {
@@ -73,19 +68,6 @@ class Fusion:
             if self.loadables > MAX_LOADABLES:
                 found["dla"]["problem"] = f"a DLA core holds {MAX_LOADABLES} loadables at the same time"
         return found
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where TensorRT put layers when it was asked to use the DLA.
-
-    Attributes:
-        dla: loadables of the DLA: ``{ForeignNode[first...last]}``, or one layer's name.
-        gpu: layers on the GPU.
-    """
-
-    dla: tuple[str, ...] = ()
-    gpu: tuple[str, ...] = field(default=())
 
 
 def read_layers(text: str | Mapping[str, Any]) -> list[Kernel]:
@@ -184,22 +166,6 @@ def _layers_in(name: str) -> tuple[str, ...]:
 def _is_dla(name: str, kind: str) -> bool:
     """The GPU's graph compiler (Myelin) makes foreign nodes as well."""
     return "dla" in kind.lower() or (bool(_FOREIGN.match(name)) and "myelin" not in kind.lower())
-
-
-def read_placement(messages: Iterable[str]) -> Placement:
-    """What the build log says of the DLA: lines ``[DlaLayer] {ForeignNode[a...b]}`` and ``[GpuLayer] SHUFFLE: c``.
-
-    Written to logs of TensorRT 8 that are quoted in public (NVIDIA-AI-IOT's DLA tutorial).
-    """
-    dla: list[str] = []
-    gpu: list[str] = []
-    for line in "\n".join(messages).splitlines():
-        if "[DlaLayer] " in line:
-            dla.append(line.split("[DlaLayer] ", 1)[1].strip().rstrip(","))
-        elif "[GpuLayer] " in line:
-            name = line.split("[GpuLayer] ", 1)[1].strip()
-            gpu.append(re.sub(r"^[A-Z_0-9]+: ", "", name))
-    return Placement(tuple(dla), tuple(gpu))
 
 
 def fusion(kernels: Sequence[Kernel], weighted: Iterable[str], order: Sequence[str] = ()) -> Fusion:

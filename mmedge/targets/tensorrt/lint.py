@@ -10,13 +10,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mmedge.targets.onnx_graph import OPERANDS, Graph, attribute, label
-from mmedge.targets.tensorrt.dla import lint_dla
-from mmedge.targets.tensorrt.isaac_ros import lint_isaac_ros
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
-
-__all__ = ["lint_dla", "lint_isaac_ros", "lint_tensorrt", "quantized_type"]
 
 # They pass INT8 on; and what runs in INT8 where what it reads is.
 _PASSING = {"DequantizeLinear", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Cast", "Concat"}
