@@ -129,6 +129,28 @@ def test_parser_errors_leave_out_that_there_is_no_driver(tmp_path: Path) -> None
     assert "driver version" not in str(caught.value)
 
 
+def test_float64_inside_of_the_network_is_told(tmp_path: Path) -> None:
+    """The parser takes it for float32 and says nothing."""
+    pytest.importorskip("tensorrt_rtx")
+    nodes = [
+        helper.make_node("Cast", ["x"], ["wide"], name="widened", to=TensorProto.DOUBLE),
+        helper.make_node("Mul", ["wide", "wide"], ["square"]),
+        helper.make_node("Cast", ["square"], ["y"], name="back", to=TensorProto.FLOAT),
+    ]
+    graph = helper.make_graph(nodes, "net", [value("x", ["batch", 3])], [value("y", ["batch", 3])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, tmp_path / "lowered.onnx")
+    said: list[str] = []
+    target = TensorRtRtx(compute_capabilities=["8.9"])
+    target.progress = type("Heard", (Progress,), {"say": lambda self, text: said.append(text)})()
+    result = target.build(tmp_path / "lowered.onnx", tmp_path)
+    remark = "widened is float64, TensorRT computes it in float32; use float32 in the model"
+    assert said == [f"tensorrt-rtx: {remark}"]
+    assert result.facts["remarks"] == [remark]
+    target._tell([remark] * 7)
+    assert said[-1] == "tensorrt-rtx: 2 more such remarks are in the engine's manifest.json"
+
+
 def test_only_the_batch_may_change(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     graph = helper.make_graph(

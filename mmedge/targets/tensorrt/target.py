@@ -6,7 +6,7 @@ import importlib
 import os
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -43,6 +43,7 @@ BATCH = {"min": 1, "opt": 1, "max": 8}
 RTX_OPSET, RTX_VERSION = 26, "1.7.1"  # the highest that its parser took here, and which operators it has
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 _KEPT_WARNINGS = 20
+_TOLD_REMARKS = 5
 
 
 class _Nvidia(Target):
@@ -88,12 +89,14 @@ class _Nvidia(Target):
         return {
             "weighted": [label(node) for node, _ in Graph(graph).weighted()],
             "opset": opset,
-            **self._remarks(graph),
+            "remarks": self._remarks(graph),
         }
 
-    def _remarks(self, graph: Any) -> dict[str, Any]:
+    def _remarks(self, graph: Any) -> list[str]:
         """What the user must know of the graph although it is built."""
-        return {}
+        from mmedge.targets.tensorrt.ceiling import narrowed
+
+        return narrowed(graph)
 
     def _ceiling(self) -> tuple[int | None, str | None]:
         """Highest opset and TensorRT version of the device, None where any current one will do."""
@@ -108,6 +111,8 @@ class _Nvidia(Target):
         versions = self.check()
         trt = self._module()
         about = described(model) or {**self.describe(model, BATCH), "batch": BATCH}
+        remarks = about.get("remarks", [])
+        self._tell(remarks)
         plan = build_plan(trt, model, self._options(about["batch"]), self.progress)
         (folder / PLAN).write_bytes(plan.content)
         found = fusion(self._kernels(trt, plan), about["weighted"])
@@ -118,12 +123,18 @@ class _Nvidia(Target):
             "weights_bytes": weights_bytes(plan),
             "warnings": plan.warnings[:_KEPT_WARNINGS],
             **found.facts(),
-            **({"moves_to_gpu": about["moves_to_gpu"]} if "moves_to_gpu" in about else {}),
+            "remarks": remarks,
         }
         write_manifest(folder, self._manifest(trt, model, plan, about, facts))
         seal(folder)
         reformats = tuple(f"{before} → {after}" for before, after in found.reformats)
         return Build(replace(found.coverage, reformats=reformats), facts)
+
+    def _tell(self, remarks: Sequence[str]) -> None:
+        for text in remarks[:_TOLD_REMARKS]:
+            self.progress.say(f"{self.name}: {text}")
+        if (rest := len(remarks) - _TOLD_REMARKS) > 0:
+            self.progress.say(f"{self.name}: {rest} more such remarks are in the engine's manifest.json")
 
     @abstractmethod
     def _options(self, batch: dict[str, int]) -> BuildOptions:
@@ -454,12 +465,13 @@ class TensorRt(_Nvidia):
         measure = measure_script(PLAN, about["inputs"], opt, tensorrt=version, dla_core=settings.dla_core)
         return {"build.sh": build, "measure.sh": measure}
 
-    def _remarks(self, graph: Any) -> dict[str, Any]:
+    def _remarks(self, graph: Any) -> list[str]:
+        found = super()._remarks(graph)
         if self.settings.dla_core is None:
-            return {}
+            return found
         from mmedge.targets.tensorrt.dla import dla_moves
 
-        return {"moves_to_gpu": dla_moves(graph, strongly_typed=not self.settings.half_by_flag)}
+        return found + dla_moves(graph, strongly_typed=not self.settings.half_by_flag)
 
     def _kernels(self, trt: Any, plan: Plan) -> list[Kernel]:
         """From the finished engine's layer information; an engine just built here needs no admission."""
