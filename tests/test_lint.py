@@ -18,7 +18,7 @@ from small_onnx import LAYERS, Maker, value
 from mmedge.errors import TargetError
 from mmedge.targets.tensorrt.isaac_ros import isaac_ros_notes, lint_isaac_ros
 from mmedge.targets.tensorrt.lint import lint_tensorrt
-from mmedge.targets.tensorrt.target import BATCH, TensorRtRtx
+from mmedge.targets.tensorrt.target import BATCH, TensorRt, TensorRtRtx
 
 Model = onnx.ModelProto
 REFUSES, ACCEPTS = "the parser refuses it", "the parser accepts it"
@@ -264,6 +264,20 @@ def test_isaac_ros(case: str) -> None:
     assert lint_isaac_ros([IMAGE, AUDIO], [LOGITS], SINGLE) == []
     fixed = [{**IMAGE, "shape": [4, 3, 32, 32]}], [{**LOGITS, "shape": [4, 10]}]
     assert lint_isaac_ros(*fixed, {"min": 4, "opt": 4, "max": 4}) == []
+
+
+def test_the_target_asks_for_isaac_ros_only_where_it_is_told_to(tmp_path: Path) -> None:
+    model = Maker(quantized=True).model()
+    onnx.save(model, tmp_path / "model.onnx")
+    assert TensorRt().describe(tmp_path / "model.onnx", SINGLE)["remarks"] == []
+    merge, prebuilt = TensorRt(isaac_ros=True).describe(tmp_path / "model.onnx", SINGLE)["remarks"]
+    assert "all inputs (image, audio)" in merge
+    assert "force_engine_update:=false" in prebuilt
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(model, tmp_path / "model.onnx")
+    assert TensorRt().describe(tmp_path / "model.onnx", SINGLE)
+    with pytest.raises(TargetError, match=r"output logits is float16, for which TensorRTNode throws"):
+        TensorRt(isaac_ros=True).describe(tmp_path / "model.onnx", SINGLE)
 
 
 def test_isaac_ros_notes() -> None:

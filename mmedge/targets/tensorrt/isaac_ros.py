@@ -5,10 +5,34 @@ Source: ``tensor_rt_node.cpp`` of isaac_ros_dnn_inference 4.5; the node itself w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, ValueInfoProto
 
 _OUTPUT_TYPES = ("float32", "int8", "int32", "int64", "uint8")
+
+
+def tensors_of(model: ModelProto) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Inputs and outputs of a lowered ONNX model, as ``lint_isaac_ros`` takes them."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    return _described(inputs), _described(model.graph.output)
+
+
+def _described(values: Iterable[ValueInfoProto]) -> list[dict[str, Any]]:
+    from onnx import helper
+
+    tensors = ((value.name, value.type.tensor_type) for value in values)
+    return [
+        {
+            "name": name,
+            "dtype": helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
+            "shape": [size.dim_value or size.dim_param or "any" for size in tensor.shape.dim],
+        }
+        for name, tensor in tensors
+    ]
 
 
 def lint_isaac_ros(

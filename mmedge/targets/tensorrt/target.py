@@ -314,6 +314,7 @@ class TensorRt(_Nvidia):
             GPU in the user's cache folder.
         version_compatible: see TensorRT's documentation; costs speed.
         hardware_compatible: for all GPUs from Ampere on; costs speed.
+        isaac_ros: refuse graphs whose engines Isaac ROS's TensorRTNode would not run, and say what it has to be told.
         cuda_graph: launch the whole engine as one CUDA graph, where the engine allows it.
         allow_unsigned: run engines that neither this machine built nor a trusted key signed.
         trusted_keys: files with public keys.
@@ -338,11 +339,13 @@ class TensorRt(_Nvidia):
         timing_cache: Path | None = None,
         version_compatible: bool = False,
         hardware_compatible: bool = False,
+        isaac_ros: bool = False,
         cuda_graph: bool = False,
         allow_unsigned: bool = False,
         trusted_keys: list[Path] | None = None,
     ) -> None:
         super().__init__(device, half, cuda_graph, allow_unsigned, trusted_keys)
+        self.isaac_ros = isaac_ros
         self.software: Software | None = device.release(jetpack) if device else None
         if jetpack is not None and device is None:
             raise UsageError(
@@ -435,12 +438,13 @@ class TensorRt(_Nvidia):
         return (self.software.opset, self.software.tensorrt) if self.software else (None, None)
 
     def _lint(self, graph: Any, batch: Mapping[str, int]) -> list[str]:
-        if self.settings.dla_core is None:
-            return []
         from mmedge.targets.tensorrt.dla import dla_limits
+        from mmedge.targets.tensorrt.isaac_ros import lint_isaac_ros, tensors_of
 
-        problems = dla_limits(graph, batch)
-        if self.settings.half_by_flag and any(node.op_type == "QuantizeLinear" for node in graph.graph.node):
+        problems = lint_isaac_ros(*tensors_of(graph), batch) if self.isaac_ros else []
+        if self.settings.dla_core is not None:
+            problems += dla_limits(graph, batch)
+        if self.settings.half_by_flag and _is_quantized(graph):
             problems.append("the DLA of this TensorRT takes no Q/DQ: quantized stages cannot be built for it")
         return problems
 
@@ -466,12 +470,15 @@ class TensorRt(_Nvidia):
         return {"build.sh": build, "measure.sh": measure}
 
     def _remarks(self, graph: Any) -> list[str]:
-        found = super()._remarks(graph)
-        if self.settings.dla_core is None:
-            return found
         from mmedge.targets.tensorrt.dla import dla_moves
+        from mmedge.targets.tensorrt.isaac_ros import isaac_ros_notes, tensors_of
 
-        return found + dla_moves(graph, strongly_typed=not self.settings.half_by_flag)
+        found = super()._remarks(graph)
+        if self.isaac_ros:
+            found += isaac_ros_notes(tensors_of(graph)[0], quantized=_is_quantized(graph))
+        if self.settings.dla_core is not None:
+            found += dla_moves(graph, strongly_typed=not self.settings.half_by_flag)
+        return found
 
     def _kernels(self, trt: Any, plan: Plan) -> list[Kernel]:
         """From the finished engine's layer information; an engine just built here needs no admission."""
@@ -491,6 +498,10 @@ class TensorRt(_Nvidia):
             "on a Jetson it comes with JetPack: sudo apt-get install nvidia-jetpack, and make the environment with "
             '--system-site-packages; elsewhere: pip install "mmedge[tensorrt]"'
         )
+
+
+def _is_quantized(graph: Any) -> bool:
+    return any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
 
 
 def user_cache() -> Path:
