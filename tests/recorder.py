@@ -13,11 +13,15 @@ class Recorder(Progress):
 
     def __init__(self) -> None:
         self.total = self.done = 0
+        self.said: list[str] = []
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Bar]:
         self.total = total
         yield self
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def advance(self, steps: int = 1, **facts: float) -> None:
         self.done += steps

@@ -69,3 +69,16 @@ def sealed_engine(folder: Path, content: Path, **changes: Any) -> Path:
     write_manifest(folder, manifest_of(content, **changes))
     seal(folder)
     return folder
+
+
+def tensorrt_engine(folder: Path, version: str, **changes: Any) -> Path:
+    """A folder whose plan has nothing but the documented header: admission reads no further."""
+    folder.mkdir()
+    numbers = [int(part) for part in version.split(".")]
+    start = bytearray(256)
+    start[:4], start[24:27] = b"ftrt", bytes(numbers[:3])
+    (folder / plan.PLAN).write_bytes(start)
+    about = {"runtime": "tensorrt", "runtime_version": version, "sms": ("8.7",), "jetpack": "6.2", **changes}
+    write_manifest(folder, manifest_of(folder / plan.PLAN, **about))
+    seal(folder)
+    return folder

@@ -26,6 +26,7 @@ import json, os, signal, sys
 from contextlib import contextmanager
 import numpy as np
 from mmedge.errors import TargetError
+from mmedge.targets.checked import TimedRunner
 
 class Tiny:
     @contextmanager
@@ -52,7 +53,8 @@ class Tiny:
             with open(folder.parent / "order", "a") as order:
                 order.write(f"{folder.name} {name} {array.shape} {array.sum()}\\n")
             return {"y": array}
-        yield run
+        remarks = engine.get("remarks")
+        yield TimedRunner(run, lambda inputs: {"device": 0.5}, lambda: remarks) if remarks else run
         log.write("closed")
         log.close()
 """
@@ -120,6 +122,13 @@ def test_processes_share_the_queries_and_open_engines_anew(tiny: Callable[..., E
     assert len(times.speedup("a", over="b").per_process) == 3
     few = interleaved(engines, SAMPLES, queries=127, processes=3, warmup_s=0.0)
     assert few.processes == (127,)  # two of 63 could not tell a p90
+
+
+def test_what_must_be_known_of_the_figures_is_said_once(tiny: Callable[..., EngineRef]) -> None:
+    engines, progress = [tiny("a", remarks=["runs without a graph", "is of another JetPack"]), tiny("b")], Recorder()
+    times = interleaved(engines, SAMPLES, queries=128, processes=2, warmup_s=0.0, progress=progress)
+    assert progress.said == ["a on tiny: runs without a graph", "a on tiny: is of another JetPack"]
+    assert times.parts_ms("a") == {"device": 0.5}
 
 
 def test_parts_of_a_query_are_the_medians_over_processes() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_engine import HERE, NOBODY, SMS, manifest_of, sealed_engine, small_plan
+from small_engine import HERE, NOBODY, SMS, manifest_of, sealed_engine, small_plan, tensorrt_engine
 
 from mmedge.errors import ArtifactError, MmedgeError, TargetError
 from mmedge.targets.tensorrt import plan, trust
@@ -284,19 +284,6 @@ def test_engine_of_another_device_is_refused(case: str, tmp_path: Path, real: Pa
         admit(folder, replace(HERE, **here), Trust(allow_unsigned=True))
     assert caught.value.fix
     assert caught.value.exit_status == 4
-
-
-def tensorrt_engine(folder: Path, version: str, **changes: Any) -> Path:
-    """A folder whose plan has nothing but the documented header: admission reads no further."""
-    folder.mkdir()
-    numbers = [int(part) for part in version.split(".")]
-    start = bytearray(256)
-    start[:4], start[24:27] = b"ftrt", bytes(numbers[:3])
-    (folder / plan.PLAN).write_bytes(start)
-    about = {"runtime": "tensorrt", "runtime_version": version, "sms": ("8.7",), "jetpack": "6.2", **changes}
-    write_manifest(folder, manifest_of(folder / plan.PLAN, **about))
-    seal(folder)
-    return folder
 
 
 ORIN = Here("tensorrt", "10.3.0", "8.7", "6.2")

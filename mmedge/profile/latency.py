@@ -105,20 +105,26 @@ def interleaved(
     count = max(1, min(processes, queries // FEWEST_QUERIES))
     spec = Spec(tuple(engines), INPUTS, OUTPUT, threads, warmup_s, budget_s=budget_s / count)
     shares = [queries // count + (number < queries % count) for number in range(count)]
-    showing = (progress or Progress()).bar(f"timing {len(engines)} engines", queries)
-    with _prepared(inputs, workdir) as folder, showing as bar:
+    progress = progress or Progress()
+    remarks: list[str] = []
+    with _prepared(inputs, workdir) as folder, progress.bar(f"timing {len(engines)} engines", queries) as bar:
         specs = [replace(spec, queries=share, seed=seed + number) for number, share in enumerate(shares)]
-        return Series(*zip(*[_timed(folder, each, bar.advance) for each in specs], strict=True))
+        series = Series(*zip(*[_timed(folder, each, bar.advance, remarks) for each in specs], strict=True))
+    for text in dict.fromkeys(remarks):  # every process makes them
+        progress.say(text)
+    return series
 
 
-def _timed(folder: Path, spec: Spec, advance: Callable[[int], None]) -> tuple[Times, Parts]:
-    """One process's queries."""
+def _timed(folder: Path, spec: Spec, advance: Callable[[int], None], remarks: list[str]) -> tuple[Times, Parts]:
+    """One process's queries; ``remarks`` gets what must be known of them."""
     parts: dict[str, dict[str, float]] = {}
     done = 0
 
     def listen(message: Message) -> None:
         nonlocal done
         parts.update(message.get("parts", {}))
+        if "remark" in message:
+            remarks.append(message["remark"])
         if "queries" in message:
             advance(message["queries"] - done)
             done = message["queries"]

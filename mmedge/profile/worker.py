@@ -201,6 +201,8 @@ def _latencies(spec: Spec, folder: Path, samples: Samples, say: Say) -> dict[str
             if isinstance(run, TimedRunner):
                 with _naming(engine):
                     say({"parts": {engine.id: _parts(run, engine.own(samples))}})
+                for text in run.remarks():
+                    say({"remark": f"{engine.id} on {engine.target}: {text}"})
     return {engine.id: series for engine, series in zip(spec.engines, times, strict=True)}
 
 

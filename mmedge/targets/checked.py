@@ -67,10 +67,12 @@ class TimedRunner:
         run: the runner.
         parts_ms: runs a query and gives milliseconds by part: ``h2d`` (copying in), ``device`` (the engine), ``d2h``
             (copying out), by the accelerator's own clock.
+        remarks: what must be known of its figures, after the queries.
     """
 
     run: Runner
     parts_ms: Callable[[Mapping[str, Array]], dict[str, float]]
+    remarks: Callable[[], list[str]] = list
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """A query."""

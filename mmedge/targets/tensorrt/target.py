@@ -31,6 +31,7 @@ from mmedge.targets.tensorrt.plan import (
     EngineManifest,
     Here,
     Trust,
+    differences,
     from_ampere_on,
     read_admitted,
     seal,
@@ -212,7 +213,12 @@ class _Nvidia(Target):
                 _, timing = running.timed(inputs)
                 return {"h2d": timing.h2d_ms, "device": timing.device_ms, "d2h": timing.d2h_ms}
 
-            yield TimedRunner(run, parts_ms)
+            def remarks() -> list[str]:
+                why = running.no_graph
+                slower = [f"runs without the CUDA graph that was asked for: {why}"] if why else []
+                return differences(manifest, here) + slower
+
+            yield TimedRunner(run, parts_ms, remarks)
 
     def _in_half(self) -> Target:
         other = copy(self)
