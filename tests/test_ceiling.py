@@ -13,7 +13,8 @@ from small_onnx import Maker
 
 from mmedge.errors import TargetError
 from mmedge.targets.tensorrt.ceiling import SINCE, UNSUPPORTED, UNSUPPORTED_RTX, narrowed, over_ceiling
-from mmedge.targets.tensorrt.target import BATCH, TensorRtRtx
+from mmedge.targets.tensorrt.nvidia import BATCH
+from mmedge.targets.tensorrt.target import TensorRtRtx
 
 FLOAT, HALF, DOUBLE = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE
 

@@ -21,8 +21,9 @@ from small_engine import tensorrt_engine
 
 from mmedge.errors import TargetError
 from mmedge.targets.checked import TimedRunner, checked
+from mmedge.targets.devices import find_device
 from mmedge.targets.tensorrt import execution as module
-from mmedge.targets.tensorrt import target as target_module
+from mmedge.targets.tensorrt import nvidia
 from mmedge.targets.tensorrt.cuda import cuda_runtime
 from mmedge.targets.tensorrt.execution import Execution, execution
 from mmedge.targets.tensorrt.lane import plan_buffers, shape_at
@@ -212,15 +213,15 @@ def test_the_target_tells_what_its_figures_lack(
 ) -> None:
     """A CUDA graph that was asked for and could not be, and a JetPack that is not the one it was built on."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setattr(target_module, "compute_capability", lambda: "8.7")
-    monkeypatch.setattr(target_module, "jetpack_release", lambda: "6.1")
+    monkeypatch.setattr(nvidia, "compute_capability", lambda: "8.7")
+    monkeypatch.setattr(nvidia, "jetpack_release", lambda: "6.1")
     monkeypatch.setattr(TensorRt, "_module", lambda self: tensorrt(engine))
     folder = tensorrt_engine(tmp_path / "engine", "10.3.0", **DESCRIPTION)
     jetpack = "built on JetPack 6.2, here is 6.1; TensorRT is the same"
     graph = "runs without the CUDA graph that was asked for: TensorRT cannot be captured: a loop cannot be captured"
     for uncapturable, remarks in ((False, [jetpack]), (True, [jetpack, graph])):
         engine.uncapturable = uncapturable
-        with TensorRt(cuda_graph=True).runner(folder, threads=1) as run:
+        with TensorRt(find_device("jetson-agx-orin"), cuda_graph=True).runner(folder, threads=1) as run:
             assert isinstance(run, TimedRunner)
             same(run(sample(1)), sample(1))
             assert run.remarks() == remarks

@@ -18,7 +18,8 @@ from small_onnx import LAYERS, Maker, value
 from mmedge.errors import TargetError
 from mmedge.targets.tensorrt.isaac_ros import isaac_ros_notes, lint_isaac_ros
 from mmedge.targets.tensorrt.lint import lint_tensorrt
-from mmedge.targets.tensorrt.target import BATCH, TensorRt, TensorRtRtx
+from mmedge.targets.tensorrt.nvidia import BATCH
+from mmedge.targets.tensorrt.target import TensorRt, TensorRtRtx
 
 Model = onnx.ModelProto
 REFUSES, ACCEPTS = "the parser refuses it", "the parser accepts it"

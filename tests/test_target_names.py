@@ -9,7 +9,7 @@ import pytest
 from mmedge import plugins
 from mmedge.errors import UsageError
 from mmedge.targets.onnxruntime import OnnxRuntime
-from mmedge.targets.tensorrt import target as module
+from mmedge.targets.tensorrt import nvidia
 from mmedge.targets.tensorrt.target import TensorRt, TensorRtRtx
 
 
@@ -51,7 +51,7 @@ def test_a_dla_before_tensorrt_11_is_built_by_flags_and_after_by_the_graph() -> 
 def test_hardware_compatible_engines_run_on_other_gpus_from_ampere_on(monkeypatch: pytest.MonkeyPatch) -> None:
     own, shared = (plugins.target(f"jetson-agx-orin{option}") for option in ("", ":hardware_compatible=true"))
     for sm, runs in (("8.7", (True, True)), ("12.0", (False, True)), ("7.2", (False, False)), (None, (False, False))):
-        monkeypatch.setattr(module, "compute_capability", lambda sm=sm: sm)
+        monkeypatch.setattr(nvidia, "compute_capability", lambda sm=sm: sm)
         assert (own.cannot_run() is None, shared.cannot_run() is None) == runs
     inputs = [{"name": "image", "dtype": "float32", "shape": ["batch", 3]}]
     about = {"inputs": inputs, "batch": {"min": 1, "opt": 1, "max": 8}}
