@@ -230,13 +230,15 @@ class _Device:
 
     def _lowered(self, stage: Stage) -> dict[str, Artifact]:
         """Whole lowered graphs of a stage for this target by precision."""
-        return {each.about["precision"]: each for each in self._lowered_from(stage, *self._graphs(stage))}
+        lowered = self._lowered_from(stage, *self._graphs(stage))
+        return {each.about["precision"]: each for each in lowered if "component" not in each.about}
 
     def _lowered_parts(self, stage: Stage) -> dict[str, dict[str, Artifact]]:
         """Lowered graphs of a stage's components by component and precision."""
         found: dict[str, dict[str, Artifact]] = {}
         for each in self._lowered_from(stage, *self._graphs(*self._graphs(stage))):
-            found.setdefault(each.about["component"], {})[each.about["precision"]] = each
+            if "component" in each.about:  # one that is all of the network has its graph
+                found.setdefault(each.about["component"], {})[each.about["precision"]] = each
         return found
 
     def _parts(self, stage: Stage, own: _Shipped) -> Parts | None:
