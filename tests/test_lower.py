@@ -330,8 +330,8 @@ def test_queries_that_two_attentions_share_are_scaled_once(queries, tmp_path) ->
     """Each would multiply its factor into the scale of the one dequantizer."""
     pairs = "".join(f"{x}q = QuantizeLinear ({x}, s, z) {x}d = DequantizeLinear ({x}q, s, z) " for x in "qk")
     text = f"""<ir_version: 9, opset_import: ["" : 20]> attend (float[B,8,6] q, float[B,8,6] k) => (float[B,6,6] y)
-        {{ s = Constant<value = float {{0.02}}> () z = Constant<value = int8 {{0}}> () f = Constant<value = float {{0.3}}> ()
-        shape = Constant<value_ints = [-1, 6, 8]> () {pairs} {queries}
+        {{ s = Constant<value = float {{0.02}}> () z = Constant<value = int8 {{0}}> ()
+        f = Constant<value = float {{0.3}}> () shape = Constant<value_ints = [-1, 6, 8]> () {pairs} {queries}
         sa = MatMul (a, kd) sb = MatMul (b, kd) wa = Softmax (sa) wb = Softmax (sb) y = Add (wa, wb) }}"""
     onnx.save(onnx.parser.parse_model(text), tmp_path / "plain.onnx")
     model = ir.load(tmp_path / "plain.onnx")
