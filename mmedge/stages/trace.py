@@ -23,7 +23,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.traceback import preserve_node_meta
 
 from mmedge.errors import StageError
+from mmedge.stages.aliases import writes_to_others
 from mmedge.stages.base import as_tensors, outputs_of
+from mmedge.stages.masks import guard_masks
 from mmedge.task import Task
 
 TOP = "model"
@@ -69,6 +71,8 @@ def _callable(module: nn.Module) -> Callable[..., Any]:
 def program_of(module: nn.Module, task: Task) -> ExportedProgram:
     """Trace ``module`` with named inputs and one symbolic batch shared by all of them.
 
+    A query whose mask leaves it nothing to look at gets zeros, as in PyTorch: see ``mmedge.stages.masks``.
+
     Raises:
         StageError: the module cannot be traced, the trace fixes the batch size, a part of the module has the name of
             a Python keyword, or in evaluation the module keeps something in a buffer from one call to the next.
@@ -86,6 +90,7 @@ def program_of(module: nn.Module, task: Task) -> ExportedProgram:
             if any(_is_of_vmap(node) for node in program.graph.nodes):
                 # It begins and ends in nodes that nothing reads, which later passes drop, and not all can be saved.
                 program = program.run_decompositions({})
+            guard_masks(program)
     except StageError:
         raise
     except Exception as err:
@@ -257,7 +262,7 @@ def graph_of(module: nn.Module, task: Task) -> torch.fx.GraphModule:
     products of attention do, may lay its values out otherwise.
     """
     program = program_of(module, task)
-    if any(_writes_to_others(node) for node in program.graph.nodes):
+    if any(writes_to_others(node) for node in program.graph.nodes):
         with quiet():
             program = program.run_decompositions({})
     graph = program.module()
@@ -266,22 +271,6 @@ def graph_of(module: nn.Module, task: Task) -> torch.fx.GraphModule:
             node.target = torch.ops.aten.reshape.default
     graph.recompile()
     return graph
-
-
-def _writes_to_others(node: Node) -> bool:
-    """Whether ``node`` changes a tensor that others read too, itself or through a view of it (``x[:, 0] = y``)."""
-    written = _aliased(node, writes=True)
-    return any(len(source.users) > 1 or source.op != "call_function" or _aliased(source) for source in written)
-
-
-def _aliased(node: Node, writes: bool = False) -> list[Node]:
-    """The operands that what ``node`` gives is a view of, or those that it writes to."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return []
-    pairs = zip(schema.arguments, node.args, strict=False)
-    found = [(argument.alias_info, value) for argument, value in pairs if argument.alias_info is not None]
-    return [value for alias, value in found if alias.is_write == writes and isinstance(value, Node)]
 
 
 @contextmanager
