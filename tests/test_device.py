@@ -316,6 +316,12 @@ def test_a_jetson_target_without_tensorrt_is_refused_with_the_way_out(run: Path)
     assert Report.load(run) == Report.load(run)
 
 
+def test_graphs_in_a_precision_that_the_target_has_no_longer_are_none(run: Path, monkeypatch) -> None:
+    monkeypatch.setattr("mmedge.targets.onnxruntime.OnnxRuntime.float_name", "bf16", raising=False)
+    with pytest.raises(UsageError, match="nothing lowered for onnxruntime"):
+        build_here(run, "onnxruntime", "mmedge build …", Progress())
+
+
 def test_a_run_that_was_not_lowered_for_the_device_says_where_to_do_that(run: Path) -> None:
     assert holds(run, RTX)
     assert not holds(run, "rtx-5090")

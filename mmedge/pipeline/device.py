@@ -229,9 +229,9 @@ class _Device:
         return [each for each in whole if each.manifest.inputs["batch"] == batch] or whole
 
     def _lowered(self, stage: Stage) -> dict[str, Artifact]:
-        """Whole lowered graphs of a stage for this target by precision."""
-        lowered = self._lowered_from(stage, *self._graphs(stage))
-        return {each.about["precision"]: each for each in lowered if "component" not in each.about}
+        """Whole lowered graphs of a stage for this target by precision, but for precisions that it has no longer."""
+        whole = [each for each in self._lowered_from(stage, *self._graphs(stage)) if "component" not in each.about]
+        return {each.about["precision"]: each for each in whole if each.about["precision"] in self._forms}
 
     def _lowered_parts(self, stage: Stage) -> dict[str, dict[str, Artifact]]:
         """Lowered graphs of a stage's components by component and precision."""
