@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 
 class Masked(nn.Module):
-    """Attention of one head with a mask made in one of several ways; ``seen`` is 0 where a token is padding."""
+    """Attention of two heads with a mask made in one of several ways; ``seen`` is 0 where a token is padding."""
 
     def __init__(self, made: str) -> None:
         super().__init__()
@@ -41,9 +41,10 @@ class Masked(nn.Module):
         self.register_buffer("blind", blind, persistent=False)
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        mask = getattr(self, f"_{self.made}")(seen[:, None] != 0)
-        return self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)) + seen[..., None]
+        q, k, v = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mask = getattr(self, f"_{self.made}")(seen[:, None, None] != 0)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o(mixed.transpose(1, 2).view(x.shape)) + seen[..., None]  # a view, as PyTorch lays out its result
 
     def _where(self, seen: Tensor) -> Tensor:
         return torch.where(seen, 0.0, -math.inf)
@@ -69,7 +70,7 @@ class Masked(nn.Module):
         return self.bias + torch.where(seen, 0.0, -100.0)
 
     def _kept(self, seen: Tensor) -> Tensor:
-        return self.causal.expand(seen.shape[0], -1, -1)
+        return self.causal.expand(seen.shape[0], 1, -1, -1)
 
     def _computed(self, seen: Tensor) -> Tensor:
         return torch.full((TOKENS, TOKENS), -math.inf).triu_(1)

@@ -40,14 +40,15 @@ def guard_masks(program: ExportedProgram) -> None:
         with program.graph.inserting_before(node):
             if mask not in guards:
                 blind = write(aten.all.dim, write(aten.eq.Scalar, mask, -math.inf), -1, True)
-                guards[mask] = blind, write(aten.masked_fill.Scalar, mask, blind, 0.0)
-        blind, seeing = guards[mask]
+                seeing = write(aten.masked_fill.Scalar, mask, blind, 0.0)
+                guards[mask] = seeing, write(aten.logical_not.default, blind)
+        seeing, some = guards[mask]
         if len(node.args) > _POSITION:
             node.update_arg(_POSITION, seeing)
         else:
             node.update_kwarg("attn_mask", seeing)
         with program.graph.inserting_after(node):
-            result = write(aten.masked_fill.Scalar, node, blind, 0.0)
+            result = write(aten.mul.Tensor, node, some)  # laid out as before, for a view may follow
         node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
         program.graph_signature.replace_all_uses(node.name, result.name)
     program.graph_module.recompile()

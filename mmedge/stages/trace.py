@@ -82,7 +82,7 @@ def program_of(module: nn.Module, task: Task) -> ExportedProgram:
     batch = Dim("batch", min=1)
     shapes = {name: {0: batch} for name in inputs}
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), _frozen(module):
             named = _Named(module, tuple(inputs), task.outputs)
             program = torch.export.export(named, (), kwargs=inputs, dynamic_shapes=shapes)
             _refuse_keywords(program, task)
@@ -107,6 +107,23 @@ def program_of(module: nn.Module, task: Task) -> ExportedProgram:
             fix="make it an input and an output of the model, or write it only `if self.training:`",
         )
     return program
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Its parameters, and so all that is computed from them in a trace, without gradients.
+
+    PyTorch chooses the kernel of an attention by them. A trace is made without gradients, but what takes it apart later
+    has them: where a learned bias met another kernel, views of the trace did not fit what that gives.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _refuse_keywords(program: ExportedProgram, task: Task) -> None:
